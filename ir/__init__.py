@@ -1,0 +1,1 @@
+"""What every part of bitwright shares: types, values, operators, text, meaning, targets, errors."""

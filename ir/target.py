@@ -1,0 +1,95 @@
+"""What a target is: a frozen value that declares abilities and costs and never asks the machine.
+
+Built-in values live in ``codegen/targets``; ``codegen.targets.host()`` *returns* one for the machine at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bitwright.ir.errors import InvalidInput
+from bitwright.ir.types import NM, DType
+
+Isa = Literal["avx512-vnni", "avx-vnni", "avx2", "portable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Peak multiply-accumulate speed of one operand pair: operations (2 per MAC) per second and core."""
+
+    x: DType
+    w: DType
+    acc: DType
+    ops_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class SparseRate:
+    """Speed of N:M contractions over the dense rate of the same operands.
+
+    ``factor`` is the measured share of the ideal group/keep; patterns with ``group`` up to ``max_window`` groups
+    apply. ``min_gain``: below it the target says the pattern does not pay.
+    """
+
+    x: DType
+    keep: int
+    group: int
+    gain: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine as the passes and the code generator see it. Costs are for one core.
+
+    bandwidths in bytes per second; ``rates`` for dense contractions, ``sparse`` for N:M ones;
+    ``activation`` is the 8-bit format its integer contractions take on the left.
+    """
+
+    name: str
+    kind: Literal["cpu", "gpu", "device"]
+    isa: Isa
+    mcpu: str
+    features: tuple[str, ...]
+    vector_bits: int
+    vector_registers: int
+    l1_bytes: int
+    l2_bytes: int
+    l3_bytes: int
+    cores: int
+    memory_bandwidth: float
+    cache_bandwidth: float
+    vector_ops_per_second: float
+    launch_seconds: float
+    rates: tuple[Rate, ...]
+    sparse: tuple[SparseRate, ...]
+    activation: DType
+    source: str
+    """Where the numbers come from."""
+
+    def __post_init__(self) -> None:
+        if self.vector_bits not in (64, 128, 256, 512):
+            raise InvalidInput(f"target {self.name}: vector_bits must be 64, 128, 256 or 512, not {self.vector_bits}")
+        if not self.rates:
+            raise InvalidInput(f"target {self.name}: at least one rate is needed")
+        if len({(r.x, r.w, r.acc) for r in self.rates}) != len(self.rates):
+            raise InvalidInput(f"target {self.name}: two rates for the same operands")
+        for s in self.sparse:
+            if not 0 < s.gain <= s.group / s.keep * 1.5:
+                raise InvalidInput(f"target {self.name}: {s.keep}:{s.group} cannot gain {s.gain} times")
+
+    def rate(self, x: DType, w: DType) -> float:
+        """Operations per second of a dense contraction; 0.0 when the target has none for these operands."""
+        return max((r.ops_per_second for r in self.rates if (r.x, r.w) == (x, w)), default=0.0)
+
+    def sparse_gain(self, x: DType, pattern: NM) -> float:
+        """Expected speed over dense of a pattern; 0.0 when the target has no kernel for it."""
+        for s in self.sparse:
+            if s.x == x and (s.keep, s.group) == (pattern.keep, pattern.group):
+                return s.gain
+        return 0.0
+
+    @property
+    def fingerprint(self) -> str:
+        """What tuning records and cached kernels are keyed by."""
+        return f"{self.name}/{self.isa}/{self.mcpu}/{','.join(self.features)}"

@@ -1,0 +1,62 @@
+"""What a pass is: a frozen dataclass whose fields are its options, and ``run``: graph in, graph out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from bitwright.ir.graph import Graph, Level
+from bitwright.ir.target import Target
+from bitwright.ir.weights import Array
+
+Batch = Sequence[Array] | Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a pass left something alone; a value, never an exception."""
+
+    pass_name: str
+    place: str
+    reason: str
+    cure: str = ""
+
+
+@dataclass
+class Context:
+    """What the driver hands to every pass of a run: the target, calibration data, and where remarks go."""
+
+    target: Target | None = None
+    calibration: Sequence[Batch] = ()
+    """Model inputs, a few batches; empty when the user gave none."""
+    progress: Callable[[str, float], None] | None = None
+    """Called with a label and a fraction on long work."""
+    refusals: list[Refusal] = field(default_factory=list)
+    remarks: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
+    """(pass, place, facts) for the report, e.g. ("nm-mask", "fc1", {"kept": 0.91})."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Results of analyses by value name, e.g. facts["ranges"]["conv1"] = (lo, hi)."""
+
+    def refuse(self, pass_name: str, place: str, reason: str, cure: str = "") -> None:
+        self.refusals.append(Refusal(pass_name, place, reason, cure))
+
+    def remark(self, pass_name: str, place: str, **facts: Any) -> None:
+        self.remarks.append((pass_name, place, facts))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. Subclasses set ``name`` and implement ``run``; they never mutate the graph.
+
+    The docstring of a pass holds a ``before:`` and an ``after:`` text graph which the tests execute.
+    """
+
+    name: ClassVar[str] = ""
+    takes: ClassVar[Level] = "graph"
+    gives: ClassVar[Level] = "graph"
+    lossy: ClassVar[bool] = False
+    """True when outputs may change (the manager then measures by how much, given calibration data)."""
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        raise NotImplementedError

@@ -1,0 +1,53 @@
+# Two commands do everything on a Debian machine with Python 3.11, gcc and make:  make demo   and   make test.
+# TORCH is installed first and alone, so that pip takes the build this machine's pip configuration offers.
+PYTHON ?= python3.11
+TORCH  := torch==2.13.0
+JOBS   ?= 2
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+
+.PHONY: help venv demo test nightly bench onnx-suite lint types docs clean
+.DEFAULT_GOAL := help
+
+help:  ## what there is
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+venv: $(READY)  ## the environment (.venv, editable install); does nothing when it is up to date
+
+$(READY): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "bitwright needs $(PYTHON): apt-get install python3.11 python3.11-venv" >&2; exit 2; }
+	@command -v gcc >/dev/null || { echo "bitwright links programs with the C compiler: apt-get install gcc" >&2; exit 2; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	echo "$(TORCH)" > $(VENV)/constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e ".[dev,demo]"
+	touch $@
+
+demo: $(READY)  ## train, compress, compile and measure a small CNN and MiniLM; writes demo-out/*.html
+	$(PY) examples/demo.py
+
+test: $(READY)  ## the test suite, without the nightly sweeps
+	$(PY) -m pytest -n $(JOBS) -m "not nightly"
+
+nightly: $(READY)  ## the slow sweeps: thousands of random graphs, all architectures
+	$(PY) -m pytest -n $(JOBS) -m nightly
+
+onnx-suite: $(READY)  ## the ONNX backend suite; prints how many cases pass, refuse, fail
+	$(PY) -m benchmarks.onnx_suite
+
+bench: $(READY)  ## side-by-side measurements against peers; results in benchmarks/results
+	$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e ".[bench]"
+	$(PY) -m benchmarks.run
+
+lint: $(READY)  ## ruff, mypy, import contracts
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+docs: $(READY)  ## regenerate docs/passes.md, targets.md, ops.md
+	$(PY) docs/generate.py
+
+clean:  ## remove build products, keep the environment
+	rm -rf build dist demo-out *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,148 @@
+"""What a compiled program says about itself: inputs, outputs, memory, processor features, versions."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bitwright.ir.errors import InvalidInput
+from bitwright.ir.types import parse_dtype, symbols_of
+
+SCHEMA_VERSION = 1
+ABI_VERSION = 1
+"""Version of the C interface (``bw_abi_version``) that this loader calls."""
+_LIMIT = 1 << 44
+Bytes = Annotated[int, Field(ge=0, le=_LIMIT)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(_Frozen):
+    """An input or output: its name, number format (``f32``, ``s8``, ...) and shape.
+
+    At most the first entry is symbolic: the program's batch symbol, or a multiple of it (``"12*b"``).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @property
+    def symbolic(self) -> bool:
+        return any(isinstance(d, str) for d in self.shape)
+
+    @property
+    def factor(self) -> int:
+        """Leading size per row of the batch; 0 for a static shape."""
+        if not self.symbolic:
+            return 0
+        return math.prod(int(p) for p in str(self.shape[0]).split("*") if p.isdigit())
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes per row of the batch; 0 for a static shape."""
+        return self.factor * math.prod(int(d) for d in self.shape[1:]) * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        return int(parse_dtype(self.dtype).numpy.itemsize)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+class StepRow(_Frozen):
+    """One step of the program in the order ``bw_profile`` counts; ``rows`` of the chunk it belongs to."""
+
+    label: str
+    kernel: str
+    rows: int = 1
+
+
+class Manifest(_Frozen):
+    """Everything the loader needs to know. Checks itself: raises pydantic's ValidationError.
+
+    ``batch``: the batch symbol, empty when all shapes are static. ``chunks``: the row counts the program has
+    code for. ``input_alignment``: bytes the kernels want inputs aligned to (1: natural alignment of the
+    elements). ``input_padding``: bytes the kernels may read behind an input.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    name: str = "program"
+    target: str = ""
+    arch: str = ""
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    batch: str = ""
+    chunks: tuple[int, ...] = (1,)
+    arena_bytes: Bytes = 0
+    scratch_bytes: Bytes = 0
+    weights_bytes: Bytes = 0
+    input_alignment: Annotated[int, Field(ge=1, le=64)] = 1
+    input_padding: Annotated[int, Field(ge=0, le=4096)] = 64
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    features: tuple[str, ...] = ()
+    versions: dict[str, str] = Field(default_factory=dict)
+    steps: tuple[StepRow, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        names = [t.name for t in self.inputs]
+        if len(set(names)) != len(names):
+            raise ValueError("two inputs have the same name")
+        if not self.chunks or min(self.chunks) < 1 or max(self.chunks) > _LIMIT:
+            raise ValueError(f"chunks {self.chunks} are not row counts")
+        if len(set(self.chunks)) != len(self.chunks) or (not self.batch and self.chunks != (1,)):
+            raise ValueError(f"chunks {self.chunks} do not fit batch symbol {self.batch!r}")
+        if self.input_alignment & (self.input_alignment - 1):
+            raise ValueError(f"input alignment {self.input_alignment} is not a power of two")
+        for tensor in (*self.inputs, *self.outputs):
+            _check_tensor(tensor, self.batch)
+        if self.batch and not any(t.symbolic for t in self.inputs):
+            raise ValueError(f"no input has the batch symbol {self.batch!r}")
+        return self
+
+
+def _check_tensor(tensor: TensorSpec, batch: str) -> None:
+    try:
+        parse_dtype(tensor.dtype)
+    except InvalidInput as error:
+        raise ValueError(f"{tensor.name}: {error}") from error
+    for index, dim in enumerate(tensor.shape):
+        if isinstance(dim, int):
+            if not 0 <= dim <= _LIMIT:
+                raise ValueError(f"{tensor.name}: size {dim}")
+        elif index or symbols_of(dim) != (batch,) or not batch:
+            raise ValueError(f"{tensor.name}: only the first size may depend on the batch, got {tensor.shape}")
+    sizes = [d for d in tensor.shape if isinstance(d, int)]
+    if math.prod(sizes) * max(1, tensor.factor) * tensor.itemsize > _LIMIT:
+        raise ValueError(f"{tensor.name}: {tensor.shape} is too large")
+    if tensor.symbolic and tensor.factor < 1:
+        raise ValueError(f"{tensor.name}: {tensor.shape[0]!r} is always zero")
+
+
+def parse_manifest(text: bytes) -> Manifest:
+    """The manifest in UTF-8 JSON ``text``; raises :class:`InvalidInput`, for a newer schema saying so."""
+    try:
+        data = json.loads(text)
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            maker = str(data.get("versions", {}).get("bitwright", "a newer bitwright"))
+            raise InvalidInput(
+                f"the program was written by bitwright {maker} with schema {version};"
+                f" this one reads up to schema {SCHEMA_VERSION}: upgrade bitwright or compile the model again"
+            )
+        return Manifest.model_validate(data)
+    except InvalidInput:
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "manifest"
+        raise InvalidInput(f"the manifest is wrong: {place}: {first['msg']}") from error
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise InvalidInput(f"the manifest is not readable: {error}") from error

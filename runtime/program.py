@@ -1,0 +1,360 @@
+"""A compiled model that can be called: ``Program.load("model.bw")(x)``.
+
+Needs NumPy and the C library only. Inputs are NumPy arrays or anything that turns into one (torch tensors,
+DLPack); results are NumPy arrays. An input that is contiguous and aligned for its elements is used in place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.ir.errors import BitwrightError, InvalidInput, did_you_mean
+from bitwright.ir.types import parse_dtype
+from bitwright.runtime.artifact import Contents, read, write
+from bitwright.runtime.manifest import Manifest, TensorSpec
+from bitwright.runtime.native import Library, address_of, aligned, failed, team_starts
+from bitwright.runtime.report import Report
+
+Array = NDArray[Any]
+_PAGE = 4096
+_MAX_THREADS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one step per call: median and minimum over the repeats."""
+
+    label: str
+    kernel: str
+    rows: int
+    seconds: float
+    best: float
+
+
+class _Port:
+    """An input or output with everything about it computed beforehand."""
+
+    __slots__ = ("alignment", "dtype", "factor", "nbytes", "padding", "row_bytes", "shape", "spec", "tail")
+
+    def __init__(self, spec: TensorSpec, manifest: Manifest) -> None:
+        self.spec = spec
+        self.dtype = parse_dtype(spec.dtype).numpy
+        self.factor = spec.factor
+        self.tail = tuple(int(d) for d in spec.shape[1:]) if self.factor else ()
+        self.shape = () if self.factor else tuple(int(d) for d in spec.shape)
+        self.row_bytes = spec.row_bytes
+        self.nbytes = 0 if self.factor else math.prod(self.shape) * self.dtype.itemsize
+        self.alignment = max(manifest.input_alignment, self.dtype.alignment)
+        self.padding = manifest.input_padding
+
+    def rows_of(self, shape: tuple[int, ...]) -> int:
+        """Rows of the batch in an array of ``shape``: 0 for a static one, -1 when the shape is wrong."""
+        if not self.factor:
+            return 0 if shape == self.shape else -1
+        if len(shape) != len(self.tail) + 1 or shape[1:] != self.tail or shape[0] % self.factor:
+            return -1
+        return shape[0] // self.factor
+
+    def full_shape(self, rows: int) -> tuple[int, ...]:
+        return (rows * self.factor, *self.tail) if self.factor else self.shape
+
+
+class _Workspace:
+    """What one call at a time needs: arena, scratch, pointer tables. Pooled."""
+
+    __slots__ = ("arena", "arena_address", "inputs", "outputs", "scratch", "scratch_address", "threads")
+
+    def __init__(self, manifest: Manifest, threads: int) -> None:
+        self.threads = threads
+        self.arena = aligned(manifest.arena_bytes + 64)
+        self.scratch = aligned(manifest.scratch_bytes * threads + 64)
+        self.arena_address, self.scratch_address = address_of(self.arena), address_of(self.scratch)
+        self.inputs = (ctypes.c_void_p * max(1, len(manifest.inputs)))()
+        self.outputs = (ctypes.c_void_p * max(1, len(manifest.outputs)))()
+
+
+class Program:
+    """A loaded program. Safe to call from several threads at once; each call in flight has its own arena.
+
+    ``threads`` is how many threads one call uses: set it here, by attribute, or per call. With more than one,
+    idle threads wait 0.2 ms for work before they sleep unless ``OMP_WAIT_POLICY`` or ``GOMP_SPINCOUNT`` is set.
+    """
+
+    def __init__(self, contents: Contents, *, threads: int | None = None) -> None:
+        self._contents = contents
+        manifest = self.manifest = contents.manifest
+        self._library: Library | None = Library(contents.library, contents.weights, manifest)
+        self._inputs = tuple(_Port(t, manifest) for t in manifest.inputs)
+        self._outputs = tuple(_Port(t, manifest) for t in manifest.outputs)
+        self.input_names = tuple(t.name for t in manifest.inputs)
+        self.output_names = tuple(t.name for t in manifest.outputs)
+        self._position = {name: i for i, name in enumerate(self.input_names)}
+        self._chunks = sorted(manifest.chunks)
+        self._pool: list[_Workspace] = []
+        self._report: Report | None = None
+        self._threads = 1
+        self.threads = manifest.threads if threads is None else threads
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, threads: int | None = None, verify: bool = True) -> Program:
+        """Load a ``.bw`` file; raises :class:`InvalidInput` for a file that is damaged or does not fit here.
+
+        ``verify=False`` leaves out the checksum of the weights (for models of many gigabytes).
+        """
+        contents = read(path, verify=verify)
+        try:
+            return cls(contents, threads=threads)
+        except InvalidInput as error:
+            raise InvalidInput(f"{os.fspath(path)}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the program to a ``.bw`` file, whole or not at all."""
+        write(path, self._contents)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Name, format and shape of each input."""
+        return self.manifest.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Name, format and shape of each output."""
+        return self.manifest.outputs
+
+    @property
+    def graph(self) -> str:
+        """The compiled graph as text."""
+        return self._contents.graph
+
+    @property
+    def report(self) -> Report:
+        """What each pass did and what each layer is; read when first asked for."""
+        if self._report is None:
+            self._report = Report.from_json(self._contents.report)
+        return self._report
+
+    @property
+    def threads(self) -> int:
+        """Threads that a call uses when it does not say."""
+        return self._threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        self._threads = _thread_count(count)
+
+    def close(self) -> None:
+        """Give the code, weights and arenas back; calls in flight finish first, later ones raise."""
+        self._library = None
+        self._pool = []
+        self._contents = Contents(
+            self.manifest, self._contents.graph, b"", np.zeros(0, np.uint8), self._contents.report
+        )
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        ins = ", ".join(f"{t.name}: {t}" for t in self.inputs)
+        outs = ", ".join(f"{t.name}: {t}" for t in self.outputs)
+        return f"<Program {self.manifest.name}({ins}) -> ({outs}), {self._threads} thread(s)>"
+
+    def __call__(self, *args: Any, threads: int | None = None, **kwargs: Any) -> Any:
+        """Run on inputs given in order or by name; an array, or a tuple of arrays in output order.
+
+        Raises :class:`InvalidInput` that names the input, what was expected and what was given. An input that
+        is itself called ``threads`` must be given in order.
+        """
+        count = self._threads if threads is None else _thread_count(threads)
+        return self._call(args if not kwargs else self._in_order(args, kwargs), count, None)
+
+    def profile(self, *args: Any, repeats: int = 10, threads: int | None = None, **kwargs: Any) -> list[StepTime]:
+        """Seconds of every step on these inputs; with several threads each step ends with a wait for all."""
+        if repeats < 1:
+            raise InvalidInput(f"repeats must be at least 1, not {repeats}")
+        values = self._in_order(args, kwargs)
+        count = self._threads if threads is None else _thread_count(threads)
+        table = np.zeros((repeats, max(1, len(self.manifest.steps))))
+        self._call(values, count, table[0])
+        for row in table:
+            row[:] = 0
+            self._call(values, count, row)
+        median, best = np.median(table, axis=0), table.min(axis=0)
+        return [
+            StepTime(s.label, s.kernel, s.rows, float(median[i]), float(best[i]))
+            for i, s in enumerate(self.manifest.steps)
+        ]
+
+    def _in_order(self, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Positional and named inputs as one tuple."""
+        if len(args) > len(self.input_names):
+            raise InvalidInput(f"expected {self._expected()}, got {len(args)} inputs")
+        values = dict(zip(self.input_names, args, strict=False))
+        for name, value in named.items():
+            if name not in self._position:
+                raise InvalidInput(
+                    f"no input is called {name!r}{did_you_mean(name, self.input_names)}; {self._expected()}"
+                )
+            if name in values:
+                raise InvalidInput(f"input {name!r} is given twice, in order and by name")
+            values[name] = value
+        if missing := [n for n in self.input_names if n not in values]:
+            raise InvalidInput(f"input {missing[0]!r} is missing; expected {self._expected()}")
+        return tuple(values[n] for n in self.input_names)
+
+    def _expected(self) -> str:
+        listing = ", ".join(f"{t.name}: {t}" for t in self.inputs)
+        return f"{len(self.inputs)} input{'' if len(self.inputs) == 1 else 's'} ({listing})"
+
+    def _call(self, values: Sequence[Any], threads: int, seconds: Array | None) -> Any:
+        library = self._library
+        if library is None:
+            raise BitwrightError(f"program {self.manifest.name!r} is closed")
+        if len(values) != len(self._inputs):
+            values = self._in_order(values, {})
+        arrays, rows = self._check(values)
+        if rows == 0:
+            return self._results([np.empty(p.full_shape(0), p.dtype) for p in self._outputs])
+        padded = self._padded(rows)
+        if threads > 1 and not (library.openmp and team_starts()):
+            threads = 1
+        try:
+            space = self._pool.pop()
+            if space.threads < threads:
+                space = _Workspace(self.manifest, threads)
+        except IndexError:
+            space = _Workspace(self.manifest, threads)
+        try:
+            return self._run(library, space, arrays, rows, padded, threads, seconds)
+        finally:
+            if self._library is not None:
+                self._pool.append(space)
+
+    def _run(
+        self,
+        library: Library,
+        space: _Workspace,
+        arrays: list[Array],
+        rows: int,
+        padded: int,
+        threads: int,
+        seconds: Array | None,
+    ) -> Any:
+        keep: list[Array] = []  # inputs that had to be copied must live through the call
+        for index, port in enumerate(self._inputs):
+            space.inputs[index] = _input_address(port, arrays[index], padded, keep)
+        results: list[Array] = []
+        for index, port in enumerate(self._outputs):
+            shape = port.full_shape(padded)
+            nbytes = port.row_bytes * padded if port.factor else port.nbytes
+            raw = np.empty(nbytes + 128, np.uint8)
+            address: int = raw.__array_interface__["data"][0]
+            start = -address & 63
+            space.outputs[index] = address + start
+            results.append(np.ndarray(shape, port.dtype, raw, start))
+        arguments = (
+            space.inputs, space.outputs, library.weights_address, space.arena_address, space.scratch_address,
+            threads, padded,
+        )  # fmt: skip
+        code = library.run(*arguments) if seconds is None else library.profile(*arguments, address_of(seconds))
+        if code:
+            raise failed(code)
+        if padded != rows:
+            results = [r[: rows * p.factor] if p.factor else r for r, p in zip(results, self._outputs, strict=True)]
+        return self._results(results)
+
+    @staticmethod
+    def _results(results: list[Array]) -> Any:
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _check(self, values: Sequence[Any]) -> tuple[list[Array], int]:
+        """The inputs as arrays of the right type and shape, and the rows of the batch (1 when static)."""
+        arrays: list[Array] = []
+        batch = -1
+        for port, value in zip(self._inputs, values, strict=True):
+            array = value if type(value) is np.ndarray else _as_array(port, value)
+            if array.dtype != port.dtype:
+                raise _mismatch(port, array)
+            rows = port.rows_of(array.shape)
+            if rows < 0:
+                raise _mismatch(port, array)
+            if port.factor:
+                if batch >= 0 and rows != batch:
+                    raise InvalidInput(
+                        f"input {port.spec.name!r} has batch {self.manifest.batch} = {rows},"
+                        f" an input before it has {batch}"
+                    )
+                batch = rows
+            arrays.append(array)
+        return arrays, batch if self.manifest.batch else 1
+
+    def _padded(self, rows: int) -> int:
+        """The rows to run: more than ``rows`` when a chunk that fits them is less than twice as large."""
+        for chunk in self._chunks:
+            if chunk >= rows:
+                return chunk if chunk <= 2 * rows or chunk == self._chunks[0] else rows
+        return rows
+
+
+def _thread_count(count: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 1 <= count <= _MAX_THREADS:
+        raise InvalidInput(f"threads must be a whole number from 1 to {_MAX_THREADS}, not {count!r}")
+    return int(count)
+
+
+def _as_array(port: _Port, value: Any) -> Array:
+    """A NumPy array from a torch tensor, a DLPack or array-like object, a list or a number."""
+    try:
+        if isinstance(value, list | tuple | int | float):
+            loose = np.asarray(value)
+            return loose.astype(port.dtype) if np.can_cast(loose.dtype, port.dtype, "same_kind") else loose
+        if hasattr(value, "detach"):
+            tensor = value.detach().cpu()
+            if str(tensor.dtype) == "torch.bfloat16":
+                return np.asarray(tensor.float().numpy().astype(port.dtype))
+            return np.asarray(tensor.numpy())
+        if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+            return np.from_dlpack(value)
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise InvalidInput(f"input {port.spec.name!r} cannot be read as an array: {error}") from error
+
+
+def _mismatch(port: _Port, array: Array) -> InvalidInput:
+    """Expected and given, and how to go on when only the type differs."""
+    given = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
+    hint = f"; convert it with .astype({str(port.dtype)!r})" if array.dtype != port.dtype else ""
+    return InvalidInput(f"input {port.spec.name!r}: expected {port.spec}, got {given}{hint}")
+
+
+def _input_address(port: _Port, array: Array, rows: int, keep: list[Array]) -> int:
+    """The address of ``array`` when kernels can use it as it lies, else of an aligned copy put into ``keep``.
+
+    Kernels may read a few bytes past the end: harmless as long as they stay on the same page.
+    """
+    if array.flags.c_contiguous and (not port.factor or array.shape[0] == rows * port.factor):
+        address: int = array.__array_interface__["data"][0]
+        end = address + array.nbytes
+        if not address % port.alignment and (end - 1) // _PAGE == (end - 1 + port.padding) // _PAGE:
+            return address
+    shape = port.full_shape(rows)
+    nbytes = math.prod(shape) * port.dtype.itemsize
+    copy = aligned(nbytes + 64 + port.padding)
+    view = np.ndarray(shape, port.dtype, copy)
+    if port.factor:
+        view[: array.shape[0]] = array
+        view[array.shape[0] :] = 0
+    else:
+        view[...] = array
+    keep.append(copy)
+    return address_of(copy)

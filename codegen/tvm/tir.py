@@ -34,10 +34,12 @@ from bitwright.codegen.tvm.values import (
     Index,
     Number,
     Vec,
+    both,
     choose,
     concat,
     const,
     constants,
+    either,
     fma,
     intrinsic,
     is_static,
@@ -61,10 +63,12 @@ __all__ = [
     "Pointer",
     "Register",
     "Vec",
+    "both",
     "choose",
     "concat",
     "const",
     "constants",
+    "either",
     "fma",
     "intrinsic",
     "is_static",
@@ -189,18 +193,14 @@ class Builder:
         if tvm_dtype(value.dtype) != tvm_dtype(pointer.dtype):
             raise TypeError(f"storing {value.dtype} to {pointer.dtype} {pointer.name}")
         if valid is None or valid >= value.lanes:
-            self.emit(
-                tirx.BufferStore(pointer.buffer, value.expr, [self._place(pointer, index, value.lanes)])
-            )
+            self.emit(tirx.BufferStore(pointer.buffer, value.expr, [self._place(pointer, index, value.lanes)]))
             return
         value, start, size = self.let(value), 0, 1 << value.lanes.bit_length()
         while start < valid:
             while size > valid - start:
                 size //= 2
             piece = value.part(start, size) if size > 1 else self._lane(value, start)
-            self.emit(
-                tirx.BufferStore(pointer.buffer, piece.expr, [self._place(pointer, index + start, size)])
-            )
+            self.emit(tirx.BufferStore(pointer.buffer, piece.expr, [self._place(pointer, index + start, size)]))
             start += size
 
     def let(self, value: Vec, name: str = "v") -> Vec:

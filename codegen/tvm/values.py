@@ -224,3 +224,13 @@ def choose(condition: Expr, yes: Index, no: Index) -> Index:
     if isinstance(condition, bool):
         return yes if condition else no
     return tirx.Select(condition, scalar(yes).expr, scalar(no).expr)
+
+
+def both(a: Expr, b: Expr) -> Expr:
+    """Scalar conjunction of two index conditions."""
+    return tirx.all(a, b)
+
+
+def either(a: Expr, b: Expr) -> Expr:
+    """Scalar disjunction of two index conditions."""
+    return tirx.any(a, b)

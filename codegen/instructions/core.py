@@ -1,0 +1,47 @@
+"""An instruction is its meaning plus its spelling, both frozen values.
+
+The meaning is a NumPy function over whole vectors; the spelling is what LLVM calls it. Tests evaluate each
+meaning against the compiled spelling on random and adversarial inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from bitwright.ir.types import DType
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class VecType:
+    """A machine vector: number format and lanes."""
+
+    dtype: DType
+    lanes: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype}x{self.lanes}"
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One vector instruction.
+
+    ``spelling`` is an LLVM intrinsic; ``operands`` are the types LLVM wants (signedness as bits are read by
+    ``meaning``); ``feature`` is the CPU feature that must be present (as /proc/cpuinfo names it).
+    """
+
+    name: str
+    spelling: str
+    feature: str
+    result: VecType
+    operands: tuple[VecType, ...]
+    meaning: Callable[..., Array]
+
+    def __str__(self) -> str:
+        return f"{self.name}: ({', '.join(map(str, self.operands))}) -> {self.result} [{self.feature}]"

@@ -1,0 +1,136 @@
+"""The x86 vector instructions the kernels use."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bitwright.codegen.instructions.core import Array, Instruction, VecType
+from bitwright.ir.types import F32, S8, S16, S32, U8
+
+
+def _dot4(acc: Array, a: Array, w: Array) -> Array:
+    products = a.astype(np.int64).reshape(-1, 4) * w.astype(np.int64).reshape(-1, 4)
+    return (acc.astype(np.int64) + products.sum(1)).astype(np.int32)
+
+
+def _maddubs(a: Array, w: Array) -> Array:
+    pairs = (a.astype(np.int32).reshape(-1, 2) * w.astype(np.int32).reshape(-1, 2)).sum(1)
+    return np.clip(pairs, -32768, 32767).astype(np.int16)
+
+
+def _maddw(a: Array, b: Array) -> Array:
+    return (a.astype(np.int64).reshape(-1, 2) * b.astype(np.int64).reshape(-1, 2)).sum(1).astype(np.int32)
+
+
+def _permute(table: Array, index: Array) -> Array:
+    return table[index.astype(np.int64) & (table.size - 1)]
+
+
+def _pshufb(table: Array, index: Array) -> Array:
+    i = index.view(np.uint8).astype(np.int64)
+    lane = np.arange(table.size) // 16 * 16
+    return np.where(i & 0x80, 0, table[lane + (i & 15)]).astype(table.dtype)
+
+
+def _fma(a: Array, b: Array, c: Array) -> Array:
+    exact = a.astype(np.longdouble) * b.astype(np.longdouble) + c.astype(np.longdouble)
+    return exact.astype(np.float32)
+
+
+def _bytes(n: int) -> VecType:
+    return VecType(S8, n)
+
+
+def _dpbusd(bits: int, feature: str) -> Instruction:
+    lanes = bits // 32
+    return Instruction(
+        f"vpdpbusd.{bits}",
+        f"llvm.x86.avx512.vpdpbusd.{bits}",
+        feature,
+        VecType(S32, lanes),
+        (VecType(S32, lanes), VecType(U8, 4 * lanes), _bytes(4 * lanes)),
+        _dot4,
+    )
+
+
+VPDPBUSD_512 = _dpbusd(512, "avx512_vnni")
+VPDPBUSD_256 = _dpbusd(256, "avx_vnni")
+VPMADDUBSW_256 = Instruction(
+    "vpmaddubsw.256",
+    "llvm.x86.avx2.pmadd.ub.sw",
+    "avx2",
+    VecType(S16, 16),
+    (VecType(U8, 32), _bytes(32)),
+    _maddubs,
+)
+VPMADDWD_256 = Instruction(
+    "vpmaddwd.256",
+    "llvm.x86.avx2.pmadd.wd",
+    "avx2",
+    VecType(S32, 8),
+    (VecType(S16, 16), VecType(S16, 16)),
+    _maddw,
+)
+VPMADDUBSW_512 = Instruction(
+    "vpmaddubsw.512",
+    "llvm.x86.avx512.pmaddubs.w.512",
+    "avx512bw",
+    VecType(S16, 32),
+    (VecType(U8, 64), _bytes(64)),
+    _maddubs,
+)
+VPMADDWD_512 = Instruction(
+    "vpmaddwd.512",
+    "llvm.x86.avx512.pmaddw.d.512",
+    "avx512bw",
+    VecType(S32, 16),
+    (VecType(S16, 32), VecType(S16, 32)),
+    _maddw,
+)
+VPSHUFB_512 = Instruction(
+    "vpshufb.512", "llvm.x86.avx512.pshuf.b.512", "avx512bw", _bytes(64), (_bytes(64), _bytes(64)), _pshufb
+)
+VPSHUFB_256 = Instruction("vpshufb.256", "llvm.x86.avx2.pshuf.b", "avx2", _bytes(32), (_bytes(32), _bytes(32)), _pshufb)
+VPERMB_512 = Instruction(
+    "vpermb.512",
+    "llvm.x86.avx512.permvar.qi.512",
+    "avx512_vbmi",
+    _bytes(64),
+    (_bytes(64), _bytes(64)),
+    _permute,
+)
+VPERMPS_512 = Instruction(
+    "vpermps.512",
+    "llvm.x86.avx512.permvar.sf.512",
+    "avx512f",
+    VecType(F32, 16),
+    (VecType(F32, 16), VecType(S32, 16)),
+    _permute,
+)
+VPERMPS_256 = Instruction(
+    "vpermps.256",
+    "llvm.x86.avx2.permps",
+    "avx2",
+    VecType(F32, 8),
+    (VecType(F32, 8), VecType(S32, 8)),
+    _permute,
+)
+FMA_512 = Instruction("vfmadd.ps.512", "llvm.fma.v16f32", "avx512f", VecType(F32, 16), (VecType(F32, 16),) * 3, _fma)
+FMA_256 = Instruction("vfmadd.ps.256", "llvm.fma.v8f32", "fma", VecType(F32, 8), (VecType(F32, 8),) * 3, _fma)
+
+INSTRUCTIONS: tuple[Instruction, ...] = (
+    VPDPBUSD_512,
+    VPDPBUSD_256,
+    VPMADDUBSW_256,
+    VPMADDWD_256,
+    VPMADDUBSW_512,
+    VPMADDWD_512,
+    VPSHUFB_512,
+    VPSHUFB_256,
+    VPERMB_512,
+    VPERMPS_512,
+    VPERMPS_256,
+    FMA_512,
+    FMA_256,
+)
+"""Every instruction with a spelling on x86."""

@@ -1,0 +1,76 @@
+"""Contractions (linear, matmul, convolution; dense and N:M) as one family of kernels.
+
+``supports`` → ``knobs`` → ``pack`` → ``emit``; ``unpack`` reads packed weights back to verify an artifact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.codegen.tvm.contract.choose import default_knobs as knobs
+from bitwright.codegen.tvm.contract.choose import pairs_are_safe, supports
+from bitwright.codegen.tvm.contract.emit import contraction, emit_packed
+from bitwright.codegen.tvm.contract.epilogue import Epilogue, EpilogueParam, StoreAcc
+from bitwright.codegen.tvm.contract.packing import pack_weights, unpack_weights
+from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, KernelFunc, Knobs, Matrix
+from bitwright.ir.errors import InvalidInput
+
+Array = NDArray[Any]
+
+__all__ = [
+    "ContractSpec",
+    "Conv",
+    "Epilogue",
+    "EpilogueParam",
+    "KernelFunc",
+    "Knobs",
+    "Matrix",
+    "StoreAcc",
+    "emit",
+    "knobs",
+    "pack",
+    "pairs_are_safe",
+    "supports",
+    "unpack",
+]
+
+
+def pack(
+    spec: ContractSpec, knobs: Knobs, weight: Array, mask: Array | None = None, init: Array | None = None
+) -> list[Array]:
+    """The constants of the kernel in parameter order: weights, indices (if sparse), init (if the spec has it).
+
+    ``weight`` has the logical layout (``spec.weight_shape``). Non-zeros are ``mask`` or, without it, ``weight != 0``;
+    a group with fewer of them than ``keep`` is filled with zeros, one with more is an :class:`InvalidInput`.
+    """
+    _check(spec, knobs)
+    if knobs.safe_pairs and not pairs_are_safe(spec, weight):
+        raise InvalidInput("these weights can saturate pmaddubsw: use knobs without safe_pairs")
+    made = contraction(spec, knobs)
+    arrays = pack_weights(spec, made.plan, made.layout, weight, mask)
+    if spec.init != (init is not None):
+        raise InvalidInput("initial accumulators and spec.init do not agree")
+    if init is not None:
+        arrays.append(np.ascontiguousarray(np.asarray(init, spec.acc_dtype.numpy).reshape(spec.cols)))
+    return arrays
+
+
+def unpack(spec: ContractSpec, knobs: Knobs, arrays: list[Array]) -> tuple[Array, Array]:
+    """The logical weights that the packed constants hold, and the mask of the non-zero ones (dense: all)."""
+    _check(spec, knobs)
+    made = contraction(spec, knobs)
+    return unpack_weights(spec, made.plan, made.layout, arrays)
+
+
+def emit(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str) -> KernelFunc:
+    """The kernel ``void name(begin, end, x, [right], constants..., epilogue operands..., outputs..., [scratch])``."""
+    _check(spec, knobs)
+    return emit_packed(spec, knobs, epilogue, name)
+
+
+def _check(spec: ContractSpec, knobs: Knobs) -> None:
+    if reason := supports(spec, knobs.isa):
+        raise InvalidInput(reason)

@@ -1,0 +1,106 @@
+"""What a contraction can run on, and the default register tile there."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.codegen.tvm.contract.engine import engine_of
+from bitwright.codegen.tvm.contract.packing import to_runs
+from bitwright.codegen.tvm.contract.plan import Plan, plan_of
+from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, Isa, Knobs, Matrix, image_of
+
+TASKS = 32
+"""Tasks a kernel should offer, so that a few threads can share it evenly."""
+
+_TILES = {  # (rows, vectors) of the register tile: dense, sparse
+    ("u8s8", "avx512-vnni"): ((4, 4), (4, 4)),
+    ("u8s8", "avx-vnni"): ((6, 2), (4, 2)),
+    ("u8s8", "avx2"): ((2, 4), (2, 4)),
+    ("u8s8", "portable"): ((2, 2), (2, 1)),
+    ("f32", "avx512-vnni"): ((4, 4), (4, 4)),
+    ("f32", "avx-vnni"): ((6, 2), (4, 2)),
+    ("f32", "avx2"): ((6, 2), (4, 2)),
+    ("f32", "portable"): ((2, 2), (2, 1)),
+}
+_SAFE_PAIRS_TILE = (4, 2)
+
+
+def supports(spec: ContractSpec, isa: Isa) -> str | None:
+    """None if a kernel can be made, otherwise the reason why not."""
+    if spec.right != "constant":
+        return _runtime_right(spec)
+    if isinstance(spec.geometry, Matrix) and spec.geometry.batch != 1:
+        return "constant weights with a batch of products: flatten the batch into the rows"
+    if too_large := _too_large(spec):
+        return too_large
+    if spec.element == "u8s8" and not 0 <= spec.pad_value <= 255:
+        return f"pad value {spec.pad_value} is no u8"
+    engine = engine_of(spec, isa)
+    plan = plan_of(spec, engine.quad, engine.selector)
+    return None if isinstance(plan, Plan) else plan
+
+
+def _runtime_right(spec: ContractSpec) -> str | None:
+    if spec.element != "f32":
+        return "a run-time right operand is supported in f32 only"
+    if not isinstance(spec.geometry, Matrix):
+        return "a run-time right operand needs a matrix product"
+    if spec.pattern or spec.init:
+        return "a run-time right operand has neither a pattern nor initial accumulators"
+    return _too_large(spec)
+
+
+def _too_large(spec: ContractSpec) -> str | None:
+    g = spec.geometry
+    sizes = [spec.input_elements, spec.rows * spec.cols]
+    if isinstance(g, Conv):
+        image = image_of(g)
+        sizes += [g.batch * image.height * image.width * g.channels, int(np.prod(spec.weight_shape, dtype=object))]
+    else:
+        sizes.append(g.batch * g.cols * g.depth)
+    return f"an operand of {max(sizes)} elements is beyond 32-bit indices" if max(sizes) >= 1 << 30 else None
+
+
+def pairs_are_safe(spec: ContractSpec, weight: NDArray[Any]) -> bool:
+    """Whether pmaddubsw cannot saturate, whatever the activations.
+
+    Dense: for the pairs as they are packed. Sparse: pairs depend on the pattern, so for any two weights of an
+    output that can meet (its largest and smallest).
+    """
+    runs = to_runs(spec, weight).astype(np.int64)
+    up, down = np.maximum(runs, 0), np.minimum(runs, 0)
+    if spec.sparsity is None:
+        if runs.shape[-1] % 2:
+            up, down = (np.pad(v, [(0, 0)] * 3 + [(0, 1)]) for v in (up, down))
+        up, down = (v.reshape(*v.shape[:-1], -1, 2).sum(-1) for v in (up, down))
+        return bool(up.max(initial=0) * 255 <= 32767 and down.min(initial=0) * 255 >= -32768)
+    return bool(2 * up.max(initial=0) * 255 <= 32767 and 2 * down.min(initial=0) * 255 >= -32768)
+
+
+def default_knobs(spec: ContractSpec, isa: Isa, weight: NDArray[Any] | None = None) -> Knobs:
+    """The register tile to start from. ``weight`` lets AVX2 use pmaddubsw where that is proven exact."""
+    safe = isa == "avx2" and spec.element == "u8s8" and weight is not None and pairs_are_safe(spec, weight)
+    rows, vectors = _SAFE_PAIRS_TILE if safe else _TILES[spec.element, isa][1 if spec.pattern else 0]
+    lanes = 16 if isa == "avx512-vnni" else 8
+    if isa == "avx512-vnni":
+        rows, vectors = _fit_512(spec, rows, vectors)
+    needed = ceil(spec.cols // spec.groups / lanes)
+    if needed < vectors:
+        rows = min(8, rows * vectors // needed)
+        vectors = needed
+    rows = min(rows, spec.rows)
+    panels = spec.groups * ceil(needed / vectors)
+    return Knobs(isa, rows, vectors, max(1, min(ceil(TASKS / panels), spec.rows // rows)), safe)
+
+
+def _fit_512(spec: ContractSpec, rows: int, vectors: int) -> tuple[int, int]:
+    """7x2 where the rows come in sevens (output widths of residual networks), else the given tile."""
+    g = spec.geometry
+    sevens = g.output[1] if isinstance(g, Conv) else g.rows
+    if sevens % 7 == 0 and (sevens % rows or isinstance(g, Conv)) and not spec.pattern:
+        return 7, 2
+    return rows, vectors

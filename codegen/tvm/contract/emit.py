@@ -1,0 +1,204 @@
+"""The loop nest around the microkernel: tasks, weight panels, rows; for packed (constant) right operands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from bitwright.codegen.tvm.contract.engine import Engine, engine_of
+from bitwright.codegen.tvm.contract.epilogue import Epilogue
+from bitwright.codegen.tvm.contract.packing import Layout, packed_sizes
+from bitwright.codegen.tvm.contract.padding import emit_padded, padded_elements
+from bitwright.codegen.tvm.contract.plan import Plan, plan_of
+from bitwright.codegen.tvm.contract.spec import (
+    ContractSpec,
+    Conv,
+    Image,
+    KernelFunc,
+    Knobs,
+    Matrix,
+    image_of,
+    runs_of,
+)
+from bitwright.codegen.tvm.contract.tile import Place, Streams, TileWriter
+from bitwright.codegen.tvm.tir import Builder, Index, choose, minimum, width
+from bitwright.ir.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A spec with everything derived from it that packing and emitting share."""
+
+    spec: ContractSpec
+    knobs: Knobs
+    engine: Engine
+    plan: Plan
+    layout: Layout
+
+    @property
+    def group_cols(self) -> int:
+        return self.spec.cols // self.spec.groups
+
+    @property
+    def panels(self) -> list[tuple[int, int]]:
+        """(first column, vectors) of the panels of one group."""
+        return self.layout.panels(self.group_cols)
+
+
+def contraction(spec: ContractSpec, knobs: Knobs) -> Contraction:
+    """Resolve engine, plan and layout; raises when the pattern has no plan."""
+    engine = engine_of(spec, knobs.isa, knobs.safe_pairs)
+    plan = plan_of(spec, engine.quad, engine.selector)
+    if isinstance(plan, str):
+        raise InvalidInput(plan)
+    layout = Layout(engine.lanes, knobs.vectors, engine.index_dtype, engine.index_quad)
+    return Contraction(spec, knobs, engine, plan, layout)
+
+
+@dataclass(frozen=True)
+class _Nest:
+    """Static sizes of the task loop."""
+
+    rows: int
+    tile: int
+    blocks: int
+
+    @property
+    def tiles(self) -> int:
+        return self.rows // self.tile
+
+    @property
+    def rest(self) -> int:
+        return self.rows % self.tile
+
+    @property
+    def per_block(self) -> int:
+        return ceil(self.tiles / self.blocks)
+
+
+def nest_of(spec: ContractSpec, knobs: Knobs) -> _Nest:
+    tile = min(knobs.rows, spec.rows)
+    tiles = spec.rows // tile
+    per_block = ceil(tiles / max(1, min(knobs.row_blocks, tiles)))
+    return _Nest(spec.rows, tile, ceil(tiles / per_block))
+
+
+def emit_packed(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str) -> KernelFunc:
+    """The kernel of a contraction with packed weights."""
+    made = contraction(spec, knobs)
+    b = Builder(name)
+    sizes = packed_sizes(spec, made.plan, made.layout)
+    x = b.param("x", spec.input_dtype, spec.input_elements)
+    weights = b.param("weights", spec.weight_dtype, sizes[0])
+    indices = b.param("indices", made.engine.index_dtype, sizes[1]) if made.plan.sparse else None
+    init = b.param("init", spec.acc_dtype, spec.cols) if spec.init else None
+    pointers = {p.name: b.param(p.name, p.dtype, p.elements) for p in epilogue.params}
+    nest, geometry, scratch = nest_of(spec, knobs), spec.geometry, 0
+    if isinstance(geometry, Conv) and image_of(geometry).copied:
+        scratch = padded_elements(geometry, image_of(geometry)) * width(spec.input_dtype) + 64
+        padded = b.view(b.scratch(scratch), spec.input_dtype)
+        first, last = _rows_needed(b, geometry, image_of(geometry), nest)
+        emit_padded(b, geometry, image_of(geometry), x, padded, spec.pad_value, first, last)
+        x = padded
+    writer = TileWriter(
+        b, made.engine, made.plan, runs_of(spec), Streams(x, weights, indices, init), epilogue, pointers
+    )
+    emitter = _Emitter(made, writer, nest)
+    tasks = spec.groups * len(made.panels) * nest.blocks
+    with b.loop(b.end, b.begin, name="task") as task:
+        emitter.task(task)
+    return KernelFunc(b.finish(), name, tasks, scratch, b.param_names)
+
+
+def _rows_needed(b: Builder, conv: Conv, image: Image, nest: _Nest) -> tuple[Index, Index]:
+    """The padded rows that tasks [begin, end) read: part of the images if they share one panel, else all."""
+    everything, (oh, ow) = conv.batch * image.height, conv.output
+    if nest.blocks == 1:
+        return 0, everything
+    whole = b.begin // nest.blocks != (b.end - 1) // nest.blocks
+
+    def padded_row(flat: Index) -> Index:
+        return flat // (oh * ow) * image.height + flat % (oh * ow) // ow * conv.stride[0]
+
+    step = nest.per_block * nest.tile
+    first = padded_row(b.begin % nest.blocks * step)
+    final = (b.end - 1) % nest.blocks
+    span = (conv.kernel[0] - 1) * conv.dilation[0] + 1
+    flat = choose(final == nest.blocks - 1, nest.rows - 1, (final + 1) * step - 1)
+    last = padded_row(b.index(minimum(flat, nest.rows - 1))) + span
+    return b.index(choose(whole, 0, first)), b.index(choose(whole, everything, last))
+
+
+@dataclass(frozen=True)
+class _Emitter:
+    made: Contraction
+    writer: TileWriter
+    nest: _Nest
+
+    def task(self, task: Index) -> None:
+        """All tiles of one panel and one block of rows."""
+        b, nest = self.writer.b, self.nest
+        panel = b.index(task // nest.blocks) if nest.blocks > 1 else task
+        block = b.index(task % nest.blocks) if nest.blocks > 1 else 0
+        panels = self.made.panels
+        group = b.index(panel // len(panels)) if self.made.spec.groups > 1 else 0
+        within = b.index(panel - group * len(panels)) if len(panels) > 1 else 0
+        width_of_panel = self.made.layout.vectors * self.made.layout.lanes
+        whole = self.made.group_cols // width_of_panel
+        if whole:
+            with b.when(within < whole):
+                self._panel(group, within, block, self.made.layout.vectors, width_of_panel)
+        if whole < len(panels):
+            with b.when(within == whole):
+                first, vectors = panels[-1]
+                self._panel(group, whole, block, vectors, self.made.group_cols - first)
+
+    def _panel(self, group: Index, panel: Index, block: Index, vectors: int, cols: int) -> None:
+        b, nest = self.writer.b, self.nest
+        first = block * nest.per_block
+        with b.loop(minimum(first + nest.per_block, nest.tiles), first, name="tile") as tile:
+            self._tile(group, panel, b.index(tile * nest.tile), nest.tile, vectors, cols)
+        if nest.rest:
+            with b.when(block == nest.blocks - 1):
+                self._tile(group, panel, nest.tiles * nest.tile, nest.rest, vectors, cols)
+
+    def _tile(self, group: Index, panel: Index, row: Index, rows: int, vectors: int, cols: int) -> None:
+        b, made = self.writer.b, self.made
+        runs, engine, layout = self.writer.runs.count, made.engine, made.layout
+        panel_weights = runs * made.plan.steps * layout.vectors * layout.lanes * engine.quad
+        panel_indices = runs * made.plan.vectors * layout.vectors * layout.lanes * engine.index_quad
+        vectors_per_group = ceil(made.group_cols / layout.lanes)
+        group_weights = panel_weights // layout.vectors * vectors_per_group
+        group_indices = panel_indices // layout.vectors * vectors_per_group
+        place = Place(
+            row=row,
+            col=b.index(group * made.group_cols + panel * (layout.vectors * layout.lanes)),
+            x=self._bases(group, row, rows),
+            weights=b.index(group * group_weights + panel * panel_weights),
+            indices=b.index(group * group_indices + panel * panel_indices),
+            vectors=vectors,
+            cols=cols,
+        )
+        self.writer.tile(place)
+
+    def _bases(self, group: Index, row: Index, rows: int) -> list[Index]:
+        """First activation of every row of the tile."""
+        b, g = self.writer.b, self.made.spec.geometry
+        if isinstance(g, Matrix):
+            base = b.index(row * g.depth)
+            return [base + i * g.depth for i in range(rows)]
+        image, (oh, ow) = image_of(g), g.output
+        shift = group * (g.channels // g.groups)
+        down, across = g.stride[0] * image.width * g.channels, g.stride[1] * g.channels
+        if down == ow * across and (g.batch == 1 or image.height * image.width * g.channels == oh * down):
+            base = b.index(row * across + shift)
+            return [base + i * across for i in range(rows)]
+
+        def base_of(flat: Index) -> Index:
+            n, y, x = flat // (oh * ow), flat % (oh * ow) // ow, flat % ow
+            return b.index(n * (image.height * image.width * g.channels) + y * down + x * across + shift)
+
+        if ow % self.nest.tile == 0:
+            base = base_of(row)
+            return [base + i * across for i in range(rows)]
+        return [base_of(row + i) for i in range(rows)]

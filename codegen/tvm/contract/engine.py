@@ -1,0 +1,220 @@
+"""How each instruction set forms products: one engine per element type and instruction-set level.
+
+An engine says how many lanes an accumulator has, how many products one lane of one step adds (``quad``), how
+activations are broadcast or selected, and how a multiply-accumulate is spelled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitwright.codegen.instructions import x86
+from bitwright.codegen.instructions.core import Instruction
+from bitwright.codegen.tvm.contract.plan import Plan, Selector, Step
+from bitwright.codegen.tvm.contract.spec import ContractSpec, Isa
+from bitwright.codegen.tvm.spelling import call
+from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, concat, const, constants, fma
+from bitwright.ir.types import F32, S16, S32, S64, U8, U16, U32, DType
+
+Operand = tuple[Vec, ...]
+"""A prepared operand of a multiply-accumulate (one or more vectors)."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Common form; subclasses spell the instructions."""
+
+    lanes: int
+    quad: int
+    selector: Selector
+    acc: DType
+    index_dtype: DType
+    index_quad: int
+
+    def broadcast(self, b: Builder, x: Pointer, at: Index) -> Operand:
+        """``quad`` consecutive activations in every lane."""
+        raise NotImplementedError
+
+    def window(self, b: Builder, x: Pointer, at: Index, reach: int) -> Vec:
+        """The ``reach`` activations that a selection can use."""
+        raise NotImplementedError
+
+    def indices(self, b: Builder, stream: Pointer, at: Index, step: Step, plan: Plan) -> Vec:
+        """The indices of one step and one vector of outputs, ready for :meth:`select`."""
+        raise NotImplementedError
+
+    def select(self, b: Builder, window: Vec, index: Vec) -> Operand:
+        """Activations per lane out of a window."""
+        raise NotImplementedError
+
+    def weights(self, b: Builder, w: Pointer, at: Index) -> Operand:
+        """The weights of one step and one vector of outputs."""
+        return (b.let(b.load(w, at, self.lanes * self.quad)),)
+
+    def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
+        """acc + the sum over quad of a * w."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Bytes(Engine):
+    """u8 x s8, four products per 32-bit lane, selection by byte shuffles."""
+
+    shuffle: Instruction
+
+    def _activations(self, b: Builder, a: Vec) -> Operand:
+        return (b.let(a),)
+
+    def broadcast(self, b: Builder, x: Pointer, at: Index) -> Operand:
+        return self._activations(b, b.load(x, at, 4).bits(S32).spread(self.lanes).bits(U8))
+
+    def window(self, b: Builder, x: Pointer, at: Index, reach: int) -> Vec:
+        load = next(n for n in self.selector.loads if reach <= n)
+        if load == 8:
+            return b.let(b.load(x, at, 8).bits(S64).spread(self.lanes // 2).bits(U8))
+        value = b.let(b.load(x, at, load))
+        copies = self.lanes * 4 // load
+        return b.let(concat([value] * copies)) if copies > 1 else value
+
+    def indices(self, b: Builder, stream: Pointer, at: Index, step: Step, plan: Plan) -> Vec:
+        raw = b.load(stream, at, self.lanes * 4)
+        if plan.bits == 8:
+            return b.let(raw)
+        index = (raw.bits(U16) >> step.shift).bits(U8) if step.shift else raw
+        index = index & ((1 << plan.bits) - 1)
+        if any(step.add):
+            offset = constants(list(step.add) * self.lanes, U8)
+            index = index | offset if plan.group & (plan.group - 1) == 0 else index + offset
+        return b.let(index)
+
+    def select(self, b: Builder, window: Vec, index: Vec) -> Operand:
+        return self._activations(b, call(self.shuffle, window, index).bits(U8))
+
+
+@dataclass(frozen=True)
+class DotBytes(Bytes):
+    """vpdpbusd."""
+
+    dot: Instruction
+
+    def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
+        return call(self.dot, acc, a[0], w[0])
+
+
+@dataclass(frozen=True)
+class PairBytes(Bytes):
+    """pmaddubsw and pmaddwd by one. Exact only when no pair of products leaves 16 bits."""
+
+    def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
+        pairs = call(x86.VPMADDUBSW_256, a[0], w[0])
+        return acc + call(x86.VPMADDWD_256, pairs, const(1, S16, 16))
+
+
+@dataclass(frozen=True)
+class WideBytes(Bytes):
+    """Even and odd bytes widened to 16 bits, two pmaddwd: exact for all weights."""
+
+    def _activations(self, b: Builder, a: Vec) -> Operand:
+        words = b.let(a).bits(U16)
+        return b.let(words & 0xFF), b.let(words >> 8)
+
+    def weights(self, b: Builder, w: Pointer, at: Index) -> Operand:
+        words = b.let(b.load(w, at, self.lanes * 4)).bits(S16)
+        return b.let((words << 8) >> 8), b.let(words >> 8)
+
+    def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
+        even = call(x86.VPMADDWD_256, a[0], w[0])
+        return acc + even + call(x86.VPMADDWD_256, a[1], w[1])
+
+
+@dataclass(frozen=True)
+class Floats(Engine):
+    """f32 with fused multiply-add, selection by vpermps with 4-bit indices packed in 32-bit lanes."""
+
+    permute: Instruction
+
+    def broadcast(self, b: Builder, x: Pointer, at: Index) -> Operand:
+        return (b.let(b.load(x, at).spread(self.lanes)),)
+
+    def window(self, b: Builder, x: Pointer, at: Index, reach: int) -> Vec:
+        return b.let(b.load(x, at, self.lanes))
+
+    def indices(self, b: Builder, stream: Pointer, at: Index, step: Step, plan: Plan) -> Vec:
+        raw = b.load(stream, at, self.lanes).bits(U32)
+        return b.let(raw >> step.shift if step.shift else raw)
+
+    def select(self, b: Builder, window: Vec, index: Vec) -> Operand:
+        return (b.let(call(self.permute, window, index)),)
+
+    def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
+        return fma(a[0], w[0], acc)
+
+
+@dataclass(frozen=True)
+class Generic(Engine):
+    """Any target and both element types: one product per lane and step; a selection is scalar loads."""
+
+    def broadcast(self, b: Builder, x: Pointer, at: Index) -> Operand:
+        value = b.load(x, at)
+        return (b.let(self._widen(value).spread(self.lanes)),)
+
+    def indices(self, b: Builder, stream: Pointer, at: Index, step: Step, plan: Plan) -> Vec:
+        return b.let(b.load(stream, at, self.lanes).cast(S32))
+
+    def weights(self, b: Builder, w: Pointer, at: Index) -> Operand:
+        return (b.let(self._widen(b.load(w, at, self.lanes))),)
+
+    def gather(self, b: Builder, x: Pointer, base: Index, index: Vec) -> Operand:
+        """Activations ``x[base + index]`` per lane."""
+        return (b.let(self._widen(b.gather(x, base, index))),)
+
+    def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
+        product = a[0] * w[0]
+        return acc + (product.cast(S32) if self.acc == S32 else product)
+
+    def _widen(self, value: Vec) -> Vec:
+        """8-bit operands to 16 bits, where a u8 x s8 product is exact."""
+        return value.cast(S16) if self.acc == S32 else value
+
+
+@dataclass(frozen=True)
+class GenericFma(Generic):
+    """Generic selection with fused multiply-add (groups no vpermps reaches)."""
+
+    def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
+        return fma(a[0], w[0], acc)
+
+
+_PACKED_BYTES = {"bits": (2, 4, 8), "word": 8}
+_BYTES_512 = Selector((8, 64), True, **_PACKED_BYTES)  # type: ignore[arg-type]
+_BYTES_256 = Selector((8, 16), False, **_PACKED_BYTES)  # type: ignore[arg-type]
+_ANY = Selector((64,), False, (8,), 8, in_window=True)
+
+
+def _floats(lanes: int, permute: Instruction) -> Floats:
+    return Floats(lanes, 1, Selector((lanes,), False, (4,), 32, in_window=True), F32, S32, 1, permute)
+
+
+_VNNI_512 = DotBytes(16, 4, _BYTES_512, S32, U8, 4, x86.VPERMB_512, x86.VPDPBUSD_512)
+_VNNI_256 = DotBytes(8, 4, _BYTES_256, S32, U8, 4, x86.VPSHUFB_256, x86.VPDPBUSD_256)
+_PAIRS_256 = PairBytes(8, 4, _BYTES_256, S32, U8, 4, x86.VPSHUFB_256)
+_WIDE_256 = WideBytes(8, 4, _BYTES_256, S32, U8, 4, x86.VPSHUFB_256)
+_FLOATS_512 = _floats(16, x86.VPERMPS_512)
+_FLOATS_256 = _floats(8, x86.VPERMPS_256)
+
+
+def engine_of(spec: ContractSpec, isa: Isa, safe_pairs: bool = False) -> Engine:
+    """The engine of a contraction on an instruction-set level."""
+    lanes = 16 if isa == "avx512-vnni" else 8
+    if isa == "portable":
+        acc = S32 if spec.element == "u8s8" else F32
+        return Generic(lanes, 1, _ANY, acc, U8, 1)
+    if spec.element == "f32":
+        if spec.sparsity and spec.sparsity[1] > lanes:
+            return GenericFma(lanes, 1, _ANY, F32, U8, 1)
+        return _FLOATS_512 if isa == "avx512-vnni" else _FLOATS_256
+    if isa == "avx512-vnni":
+        return _VNNI_512
+    if isa == "avx-vnni":
+        return _VNNI_256
+    return _PAIRS_256 if safe_pairs else _WIDE_256

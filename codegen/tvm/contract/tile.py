@@ -1,0 +1,201 @@
+"""The microkernel: one register tile of accumulators over the whole reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from bitwright.codegen.tvm.contract.engine import Engine, Generic, Operand
+from bitwright.codegen.tvm.contract.epilogue import Epilogue
+from bitwright.codegen.tvm.contract.plan import Block, Plan, Step
+from bitwright.codegen.tvm.contract.spec import Runs
+from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Register, Vec, const
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The operands of a kernel: activations, packed weights, packed indices and initial accumulators.
+
+    ``step``: distance in elements from one step's weights to the next (None: as packed).
+    """
+
+    x: Pointer
+    weights: Pointer
+    indices: Pointer | None = None
+    init: Pointer | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tile is: output row and column, activation index per row, weight and index base, valid columns."""
+
+    row: Index
+    col: Index
+    x: list[Index]
+    weights: Index
+    indices: Index
+    vectors: int
+    cols: int
+    ahead: Index | None = None
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where the reduction stands: activation index per row, weight and index position."""
+
+    x: list[Index]
+    weights: Index
+    indices: Index
+
+
+@dataclass(frozen=True)
+class TileWriter:
+    """Emits tiles of one contraction into a builder."""
+
+    b: Builder
+    engine: Engine
+    plan: Plan
+    runs: Runs
+    streams: Streams
+    epilogue: Epilogue
+    pointers: Mapping[str, Pointer]
+
+    def tile(self, place: Place) -> None:
+        """Initialise, reduce, hand the accumulators to the epilogue."""
+        lanes = self.engine.lanes
+        acc: list[list[Register]] = [[] for _ in place.x]
+        for j in range(place.vectors):
+            start = const(0, self.engine.acc, lanes)
+            if self.streams.init is not None:
+                start = self.b.let(self.b.load(self.streams.init, place.col + j * lanes, lanes))
+            for row in acc:
+                row.append(self.b.register(self.engine.acc, lanes, start, "acc"))
+        tile = _Tile(self, place, acc)
+        tile.reduce(0, Cursor(place.x, place.weights, place.indices))
+        tile.finish()
+
+
+@dataclass(frozen=True)
+class _Tile:
+    writer: TileWriter
+    place: Place
+    acc: list[list[Register]]
+
+    @property
+    def weight_step(self) -> int:
+        engine = self.writer.engine
+        return self.writer.streams.step or self.place.vectors * engine.lanes * engine.quad
+
+    @property
+    def index_step(self) -> int:
+        return self.place.vectors * self.writer.engine.lanes * self.writer.engine.index_quad
+
+    def reduce(self, depth: int, at: Cursor) -> None:
+        """The loops over taps, then one run."""
+        loops, plan, b = self.writer.runs.loops, self.writer.plan, self.writer.b
+        if depth == len(loops):
+            self._run(at)
+            return
+        count, distance = loops[depth]
+        inner = prod(n for n, _ in loops[depth + 1 :])
+        with b.loop(count, name="tap") as t:
+            x = [b.index(i + t * distance) for i in at.x]
+            weights = b.index(at.weights + t * (inner * plan.steps * self.weight_step))
+            indices = b.index(at.indices + t * (inner * plan.vectors * self.index_step))
+            self.reduce(depth + 1, Cursor(x, weights, indices))
+
+    def _run(self, at: Cursor) -> None:
+        plan, block = self.writer.plan, self.writer.plan.block
+        weights, indices = len(block.steps) * self.weight_step, block.vectors * self.index_step
+
+        def moved(k: Index) -> Cursor:
+            x = [i + k * block.advance for i in at.x]
+            return Cursor(x, at.weights + k * weights, at.indices + k * indices)
+
+        if plan.full:
+            with self.writer.b.loop(plan.full, name="k") as k:
+                self._block(block, moved(k))
+        if plan.tail:
+            self._block(plan.tail, moved(plan.full))
+
+    def _block(self, block: Block, at: Cursor) -> None:
+        writer, engine = self.writer, self.writer.engine
+        start, windows = -1, list[Vec]()
+        for n, step in enumerate(block.steps):
+            here = Cursor(at.x, at.weights + n * self.weight_step, at.indices)
+            if not writer.plan.sparse:
+                self._dense_step(here)
+            elif isinstance(engine, Generic):
+                self._gather_step(engine, step, here)
+            else:
+                if step.start != start:
+                    start, reach = step.start, self._reach(block, step.start)
+                    windows = [engine.window(writer.b, writer.streams.x, i + start, reach) for i in at.x]
+                self._select_step(step, windows, here)
+
+    def _dense_step(self, at: Cursor) -> None:
+        engine, b = self.writer.engine, self.writer.b
+        a = [engine.broadcast(b, self.writer.streams.x, i) for i in at.x]
+        for j in range(self.place.vectors):
+            w = self._weights(at, j)
+            for i, operand in enumerate(a):
+                self._mac(i, j, operand, w)
+
+    def _select_step(self, step: Step, windows: list[Vec], at: Cursor) -> None:
+        for j in range(self.place.vectors):
+            index, w = self._indices(step, at, j), self._weights(at, j)
+            for i, window in enumerate(windows):
+                self._mac(i, j, self.writer.engine.select(self.writer.b, window, index), w)
+
+    def _gather_step(self, engine: Generic, step: Step, at: Cursor) -> None:
+        for j in range(self.place.vectors):
+            index, w = self._indices(step, at, j), self._weights(at, j)
+            for i, base in enumerate(at.x):
+                a = engine.gather(self.writer.b, self.writer.streams.x, base + step.start, index)
+                self._mac(i, j, a, w)
+
+    def _mac(self, i: int, j: int, a: Operand, w: Operand) -> None:
+        acc = self.acc[i][j]
+        acc.set(self.writer.engine.mac(acc.get(), a, w))
+
+    def _weights(self, at: Cursor, j: int) -> Operand:
+        engine = self.writer.engine
+        return engine.weights(self.writer.b, self.writer.streams.weights, at.weights + j * engine.lanes * engine.quad)
+
+    def _indices(self, step: Step, at: Cursor, j: int) -> Vec:
+        writer, stream = self.writer, self.writer.streams.indices
+        assert stream is not None
+        where = at.indices + step.vector * self.index_step + j * writer.engine.lanes * writer.engine.index_quad
+        return writer.engine.indices(writer.b, stream, where, step, writer.plan)
+
+    def _reach(self, block: Block, start: int) -> int:
+        """How many activations the steps that share this load need."""
+        slots = [s for step in block.steps if step.start == start for s in step.slots if s]
+        return (1 + max(s.group for s in slots)) * self.writer.plan.group - start
+
+    def finish(self) -> None:
+        """Hand every accumulator to the epilogue."""
+        b, lanes, rows = self.writer.b, self.writer.engine.lanes, len(self.acc)
+        if not self.writer.epilogue.heavy or rows == 1:
+            for i, row in enumerate(self.acc):
+                for j, register in enumerate(row):
+                    self._store(register.get(), self.place.row + i, j)
+            return
+        spilled = [self._spill([row[j] for row in self.acc]) for j in range(self.place.vectors)]
+        with b.loop(rows, name="row") as i:
+            for j, memory in enumerate(spilled):
+                self._store(b.load(memory, i * lanes, lanes), self.place.row + i, j)
+
+    def _spill(self, column: list[Register]) -> Pointer:
+        b, lanes = self.writer.b, self.writer.engine.lanes
+        memory = b.stack(self.writer.engine.acc, len(column) * lanes, "tile")
+        for i, register in enumerate(column):
+            b.store(memory, i * lanes, register.get())
+        return memory
+
+    def _store(self, acc: Vec, row: Index, j: int) -> None:
+        writer, lanes = self.writer, self.writer.engine.lanes
+        valid = min(lanes, self.place.cols - j * lanes)
+        writer.epilogue.store(writer.b, writer.pointers, writer.b.let(acc), row, self.place.col + j * lanes, valid)

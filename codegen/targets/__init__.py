@@ -1,0 +1,44 @@
+"""The targets bitwright knows, by name, and the one of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bitwright.codegen.targets import x86
+from bitwright.ir.errors import InvalidInput, did_you_mean
+from bitwright.ir.target import Target
+
+BUILTIN: dict[str, Target] = {t.name: t for t in (x86.AVX512_VNNI, x86.AVX_VNNI, x86.AVX2, x86.PORTABLE)}
+
+
+def names() -> list[str]:
+    """What ``--target`` takes."""
+    return ["host", *BUILTIN]
+
+
+def resolve(target: str | Target, *, calibrate: bool = True) -> Target:
+    """A target by name (``host``: this machine); raises :class:`InvalidInput` for an unknown one."""
+    if isinstance(target, Target):
+        return target
+    if target == "host":
+        return host(calibrate=calibrate)
+    if target not in BUILTIN:
+        raise InvalidInput(
+            f"unknown target {target!r}{did_you_mean(target, names())}; `bitwright targets` lists them all"
+        )
+    return BUILTIN[target]
+
+
+def host(*, calibrate: bool = True) -> Target:
+    """The target that describes this machine: its best instruction-set level, caches, cores and measured speeds.
+
+    ``calibrate``: measure peak speed and bandwidth once (about a second) and keep them in the cache directory.
+    """
+    from bitwright.codegen.targets.machine import caches, cores, cpu_flags, measured
+
+    flags = cpu_flags()
+    base = next(t for t in BUILTIN.values() if {f.replace("avxvnni", "avx_vnni") for f in t.features} <= flags)
+    sizes = caches()
+    known = {f"l{level}_bytes": size for level, size in sizes.items() if level in (1, 2, 3)}
+    target = replace(base, name="host", cores=cores(), **known)  # type: ignore[arg-type]
+    return measured(target) if calibrate else target

@@ -6,6 +6,7 @@ forks and not re-runs of the user's script, so no ``if __name__ == "__main__"`` 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -70,6 +71,9 @@ def compile_all(
             _work_here(state, 1 if in_process else count)
         for thread in state.threads:
             thread.join()
+    except BaseException as error:
+        state.failed(error)
+        raise
     finally:
         state.stop()
     if state.error is not None:
@@ -104,9 +108,16 @@ class _State:
         """End what still runs (after an error or Ctrl-C)."""
         self.todo.clear()
         for process in self.processes:
-            if process.poll() is None:
+            if process.poll() is None and self.error is not None:
                 process.kill()
+        for thread in self.threads:
+            thread.join()
+        for process in self.processes:
             process.wait()
+            for stream in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    assert stream is not None
+                    stream.close()
 
     def take(self) -> Job | None:
         with self.lock:
@@ -161,8 +172,11 @@ def _feed(state: _State) -> None:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         place = f"compiling {job.name}" if job is not None else "starting"
         state.failed(BitwrightError(f"a compile worker died while {place} ({how})"))
-    except Exception as error:
+    except BitwrightError as error:
         state.failed(error)
+    except Exception as error:
+        name = job.name if job is not None else "the first job"
+        state.failed(BitwrightError(f"a compile worker cannot be given {name}: {error}"))
 
 
 def _spawn(state: _State) -> subprocess.Popen[bytes]:

@@ -254,7 +254,7 @@ def _passes(report: Report) -> str:
         return ""
     rows = (
         f"<tr>{_number(str(p.index), p.index)}"
-        f"{_cell(f'<code>{escape(p.name + p.options)}</code>', sort=p.name, small=' · '.join(p.notes))}"
+        f"{_cell(f'<code>{escape(plots.pass_text(p))}</code>', sort=p.name, small=' · '.join(p.notes))}"
         f"{_number(units.seconds(p.seconds), p.seconds)}"
         f"{_cell(f'{p.nodes_before} → {p.nodes_after}' if p.changed else 'unchanged', sort=p.nodes_after, cls='n')}"
         f"{_number(units.percent(p.error), p.error)}</tr>"

@@ -94,11 +94,16 @@ def _layer_bar(layer: Layer, value: float) -> _Bar:
     return _Bar(layer.name, value, units.seconds(value), family(layer), hint, predicted)
 
 
+def pass_text(row: PassRow) -> str:
+    """A pass as it is written in a recipe."""
+    return f"{row.name}{{{row.options}}}" if row.options else row.name
+
+
 def pass_bars(passes: Sequence[PassRow]) -> str:
     """Compile time per pass."""
     return _bars(
         [
-            _Bar(p.name, p.seconds, units.seconds(p.seconds), "dense" if p.changed else "float", f"{p.name}{p.options}")
+            _Bar(p.name, p.seconds, units.seconds(p.seconds), "dense" if p.changed else "float", pass_text(p))
             for p in passes
         ],
         170,

@@ -27,7 +27,7 @@ def sample() -> Report:
         model='evil "<script>alert(1)</script>"',
         target="host",
         layers=[sparse, plain],
-        passes=[PassRow(index=1, name="nm-mask", options="{pattern=2:4}", seconds=0.2, changed=True, error=0.01)],
+        passes=[PassRow(index=1, name="nm-mask", options="pattern=2:4", seconds=0.2, changed=True, error=0.01)],
         refusals=[Refusal(pass_name="nm-mask", place="stem", reason="9 is not a multiple of 4", cure="exclude stem")],
         figures={"latency_seconds": 0.0003, "unknown": None},
         machine={"processor": "AMD EPYC"},

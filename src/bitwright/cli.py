@@ -1,0 +1,420 @@
+"""The command line: ``bitwright compile``, ``inspect``, ``run``, ``bench``, ``opt``, ``verify``, ``advise`` and lists."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitwright.ir.errors import BitwrightError, InvalidInput, did_you_mean
+
+if TYPE_CHECKING:
+    from bitwright.ir.graph import Graph
+    from bitwright.runtime.program import Program
+    from bitwright.runtime.report import Layer, Report
+
+app = typer.Typer(
+    name="bitwright",
+    help="Compile neural networks to sparse, low-bit kernels, and see what each pass did.",
+    epilog="Errors are one message and exit code 2; --debug, anywhere on the line, shows the traceback.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[Path, typer.Argument(help="A model: .onnx, .pt2 (torch.export.save) or .bw-ir (bitwright's text).")]
+Compiled = Annotated[Path, typer.Argument(metavar="MODEL.BW", help="A compiled program. It is native code: trust it.")]
+TargetName = Annotated[str, typer.Option("--target", "-t", help="Machine to compile for; see `bitwright targets`.")]
+Recipe = Annotated[str, typer.Option("--recipe", "-r", help='Passes and recipes, as in "nm-mask{pattern=2:4}, int8".')]
+Calibration = Annotated[
+    Path | None, typer.Option("--calibrate", "-c", help=".npz of real inputs by name, or a folder of such files.")
+]
+Input = Annotated[Path | None, typer.Option("--input", "-i", help=".npz with the inputs by name.")]
+Threads = Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads one call uses.")]
+
+
+class Peer(StrEnum):
+    """What ``bench --against`` knows."""
+
+    onnxruntime = "onnxruntime"
+
+
+def _version(show: bool) -> None:
+    if show:
+        from bitwright import __version__
+
+        print(f"bitwright {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+# --- compile and look ----------------------------------------------------------------------------------------
+
+
+@app.command("compile")
+def compile_command(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to; the model's name with .bw.")] = None,
+    target: TargetName = "host",
+    recipe: Recipe = "float",
+    calibrate: Calibration = None,
+    threads: Threads = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Rows computed at once of a model with a symbolic batch.")] = 1,
+    size: Annotated[list[str] | None, typer.Option("--size", help="Fix a symbolic size: --size seq=128.")] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this folder.")] = None,
+    measure: Annotated[bool, typer.Option(help="Time every layer once compiled.")] = True,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
+) -> None:
+    """Compile a model into a program (.bw), and show what was done to each layer.
+
+    [dim]bitwright compile model.onnx --recipe "nm-mask{pattern=2:4}, int8" --calibrate inputs.npz -o model.bw[/]
+    """
+    from bitwright import cli_show, driver
+
+    out = output or model.with_suffix(".bw")
+    if not out.parent.is_dir():
+        raise InvalidInput(f"there is no folder {out.parent} to write {out.name} to")
+    with _progress() as progress:
+        progress(f"reading {model.name}", 0.0)
+        graph = _load(model)
+        program = driver.compile(
+            graph, target=target, recipe=recipe, calibration=_calibration(calibrate, graph), threads=threads,
+            batch=batch, sizes=_sizes(size), dump=dump, measure=measure, progress=progress,
+        )  # fmt: skip
+        program.save(out)
+    _show_report(program.report, passes=False)
+    if html:
+        program.report.to_html(html)
+    cli_show.console().print(f"wrote {out}" + (f" and {html}" if html else ""))
+
+
+@app.command()
+def inspect(
+    program: Compiled,
+    pass_name: Annotated[str | None, typer.Option("--pass", help="What one pass did, and refused.")] = None,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="How each pass (or the one of --pass) changed the graph.")
+    ] = False,
+    why: Annotated[str | None, typer.Option("--why", metavar="LAYER", help="All that is known about a layer.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="The compiled graph as text.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
+) -> None:
+    """Show a program: layers, formats, masks, times, what was refused and why."""
+    from bitwright import cli_show
+
+    loaded = _program(program)
+    report, console = loaded.report, cli_show.console()
+    if html:
+        report.to_html(html)
+        console.print(f"wrote {html}")
+    elif why:
+        console.print(cli_show.layer_story(report, _find_layer(report, why)))
+    elif text:
+        print(loaded.graph)
+    elif pass_name or diff:
+        _show_passes(report, pass_name, diff)
+    else:
+        console.print(cli_show.program(loaded))
+        _show_report(report)
+
+
+def _show_report(report: Report, *, passes: bool = True) -> None:
+    from bitwright import cli_show
+
+    console = cli_show.console()
+    if passes and report.passes:
+        console.print(cli_show.passes(report))
+    if report.refusals:
+        console.print(cli_show.refusals(report))
+    if report.layers:
+        console.print(cli_show.layers(report))
+    for note in report.notes:
+        console.print(note, markup=False)
+    console.print(cli_show.summary(report))
+
+
+def _show_passes(report: Report, name: str | None, diff: bool) -> None:
+    from bitwright import cli_show
+
+    names = [p.name for p in report.passes]
+    if name and name not in names:
+        raise InvalidInput(f"pass {name!r} did not run{did_you_mean(name, names)} ({', '.join(dict.fromkeys(names))})")
+    rows = [p for p in report.passes if name in (None, p.name)]
+    refused = [r for r in report.refusals if name in (None, r.pass_name)]
+    part = report.model_copy(update={"passes": rows, "refusals": refused})
+    console = cli_show.console()
+    console.print(cli_show.passes(part))
+    if refused:
+        console.print(cli_show.refusals(part))
+    for row in rows if diff else []:
+        text = getattr(row, "diff", "")
+        if row.changed:
+            print(text or f"{row.name} changed weight values only")
+
+
+def _find_layer(report: Report, name: str) -> Layer:
+    """The layer of that name, or the only one whose name holds it; raises :class:`InvalidInput`."""
+    names = [x.name for x in report.layers]
+    found = [x for x in report.layers if x.name == name] or [x for x in report.layers if name in x.name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InvalidInput(f"{name!r} fits {len(found)} layers: {', '.join(x.name for x in found[:8])}")
+    raise InvalidInput(f"no layer is called {name!r}{did_you_mean(name, names)}; `bitwright inspect` lists them")
+
+
+# --- run and measure -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    program: Compiled,
+    input: Annotated[Path, typer.Option("--input", "-i", help=".npz with the inputs by name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".npz to write, outputs by name.")],
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; else as compiled.")] = None,
+) -> None:
+    """Run a program on inputs from a file."""
+    from bitwright import cli_io, cli_show
+
+    loaded = _program(program)
+    arrays = cli_io.named(cli_io.load_arrays(input), loaded.input_names, str(input))
+    result = loaded(*arrays.values(), threads=threads)
+    results = result if isinstance(result, tuple) else (result,)
+    named = dict(zip(loaded.output_names, results, strict=True))
+    cli_io.save_arrays(output, named)
+    shapes = ", ".join(f"{n} {a.dtype}{list(a.shape)}" for n, a in named.items())
+    cli_show.console().print(f"wrote {output}: {shapes}", markup=False)
+
+
+@app.command()
+def bench(
+    program: Compiled,
+    against: Annotated[Peer | None, typer.Option(help="Measure a peer in the same interleaved rounds.")] = None,
+    model: Annotated[Path | None, typer.Option(help="The .onnx file that the peer runs.")] = None,
+    input: Input = None,
+    threads: Threads = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the inputs made up where --input is not given.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 30,
+    layers: Annotated[bool, typer.Option("--layers", help="Time per layer, too.")] = False,
+) -> None:
+    """Measure a program, alone or side by side with onnxruntime."""
+    from bitwright import cli_bench, cli_io
+
+    loaded = _program(program)
+    if against and model is None:
+        raise InvalidInput(f"--against {against} needs the model it runs: --model model.onnx")
+    if input:
+        arrays = cli_io.named(cli_io.load_arrays(input), loaded.input_names, str(input))
+    else:
+        arrays = dict(zip(loaded.input_names, cli_io.random_inputs(loaded.inputs, batch), strict=True))
+    cli_bench.bench(loaded, arrays, model if against else None, threads=threads, rounds=rounds)
+    if layers:
+        cli_bench.profile(loaded, arrays, threads=threads)
+
+
+@app.command()
+def verify(
+    program: Compiled,
+    model: Model,
+    input: Annotated[Path, typer.Option("--input", "-i", help=".npz with real inputs by name.")],
+    recipe: Annotated[str | None, typer.Option(help="Recipe of the reference, where the program does not say.")] = None,
+) -> None:
+    """Compare a program with the reference, layer by layer; names the first bad one and exits with 1."""
+    from bitwright import cli_io, cli_show, driver
+
+    graph = _load(model)
+    arrays = cli_io.named(cli_io.load_arrays(input), [v.name for v in graph.inputs], str(input))
+    options = {"recipe": recipe} if recipe else {}
+    result = driver.verify(program, graph, arrays, **options)
+    rows = ((r.layer, cli_show.cells(r.error), "ok" if r.ok else "BAD") for r in result.rows)
+    console = cli_show.console()
+    console.print(cli_show.table(["layer", ">error", ""], rows))
+    bad = next((r.layer for r in result.rows if not r.ok), None)
+    console.print(f"first bad layer: {bad}" if bad else "every layer agrees with the reference", markup=False)
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def advise(model: Model, target: TargetName = "host") -> None:
+    """Say what would pay on a target before anything is compiled: predicted time per layer and choice."""
+    from dataclasses import asdict, is_dataclass
+
+    from bitwright import cli_show, driver
+
+    with _progress() as progress:
+        progress(f"reading {model.name}", 0.0)
+        rows: list[dict[str, Any]] = [
+            asdict(r) if is_dataclass(r) and not isinstance(r, type) else dict(r)
+            for r in driver.advise(_load(model), target)
+        ]
+    heads = list(rows[0]) if rows else ["layer"]
+    cells = ([cli_show.cells(v) for v in row.values()] for row in rows)
+    cli_show.console().print(cli_show.table([h.replace("_", " ") for h in heads], cells))
+
+
+# --- graphs as text ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def opt(
+    graph: Model,
+    passes: Annotated[
+        str, typer.Option("--passes", "-p", help='Passes, as in "fold-batch-norm, nm-mask{pattern=2:4}".')
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Text graph to write, weights beside it.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help=".safetensors; else the file beside the text.")] = None,
+    target: Annotated[str | None, typer.Option("--target", "-t", help="Target the passes may ask about.")] = None,
+    calibrate: Calibration = None,
+    stop_after: Annotated[
+        str | None, typer.Option(metavar="N|PASS", help="Stop after so many passes, or after one.")
+    ] = None,
+    bisect: Annotated[
+        int | None, typer.Option(min=0, help="Skip passes from this number on that keep the level.")
+    ] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this folder.")] = None,
+) -> None:
+    """Run passes over a graph as they stand: text in, text out."""
+    from bitwright import cli_io, cli_show, driver
+    from bitwright.ir.text import show
+
+    loaded = cli_io.load_model(graph, weights)
+    stop = int(stop_after) if stop_after and stop_after.isdigit() else stop_after
+    done, report = driver.optimize(
+        loaded, passes, target=target, calibration=_calibration(calibrate, loaded), stop_after=stop, dump=dump,
+        bisect=bisect,
+    )  # fmt: skip
+    if output:
+        if done.weights:
+            done.weights.save(output.with_suffix(".safetensors"))
+        cli_io.save_text(output, show(done))
+    else:
+        print(show(done), end="")
+    errors = cli_show.console(stderr=True)
+    for r in report.refusals:
+        errors.print(f"refused: {r.pass_name} at {r.place}: {r.reason}", markup=False)
+
+
+# --- what exists ---------------------------------------------------------------------------------------------
+
+
+@app.command()
+def targets() -> None:
+    """List the targets."""
+    from bitwright import cli_lists
+
+    cli_lists.targets()
+
+
+@app.command()
+def passes() -> None:
+    """List the passes and their options."""
+    from bitwright import cli_lists
+
+    cli_lists.passes()
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes: names for lists of passes."""
+    from bitwright import cli_lists
+
+    cli_lists.recipes()
+
+
+# --- shared --------------------------------------------------------------------------------------------------
+
+
+def _load(path: Path) -> Graph:
+    from bitwright import cli_io
+
+    return cli_io.load_model(path)
+
+
+def _program(path: Path) -> Program:
+    from bitwright.runtime.program import Program
+
+    return Program.load(path)
+
+
+def _calibration(path: Path | None, graph: Graph) -> list[Any] | None:
+    """Calibration batches from a file or every file of a folder."""
+    from bitwright import cli_io
+
+    if path is None:
+        return None
+    names = [v.name for v in graph.inputs]
+    files = sorted(p for p in path.iterdir() if p.suffix in (".npz", ".npy")) if path.is_dir() else [path]
+    if not files:
+        raise InvalidInput(f"{path} holds no .npz or .npy file")
+    loaded = (cli_io.named(cli_io.load_arrays(f), names, str(f)) for f in files)
+    return [b for arrays in loaded for b in cli_io.batches(arrays, graph)]
+
+
+def _sizes(pairs: list[str] | None) -> dict[str, int] | None:
+    sizes = {}
+    for pair in pairs or []:
+        name, _, value = pair.partition("=")
+        if not name or not value.isdigit() or int(value) < 1:
+            raise InvalidInput(f"--size takes NAME=NUMBER, not {pair!r}")
+        sizes[name] = int(value)
+    return sizes or None
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A progress line on a terminal's stderr; silent elsewhere."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from bitwright import cli_show
+
+    console = cli_show.console(stderr=True)
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda label, fraction: bar.update(task, description=label[:32], completed=min(fraction, 1.0))
+
+
+def main() -> None:
+    """Entry point: one clear message on stderr and exit code 2 for every error the user can mend."""
+    debug = "--debug" in sys.argv[1:]
+    sys.argv[1:] = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        app()
+    except BitwrightError as error:
+        if debug:
+            raise
+        print(f"bitwright: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("bitwright: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"bitwright: internal error, a bug of bitwright: {type(error).__name__}: {error}", file=sys.stderr)
+        print("bitwright: --debug shows where", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What the command line reads and writes: models, .npz files, random inputs; all errors name the file."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.ir.errors import BitwrightError, InvalidInput, did_you_mean
+
+if TYPE_CHECKING:
+    from bitwright.ir.graph import Graph
+    from bitwright.runtime.manifest import TensorSpec
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+_ROWS = 32
+
+
+def load_arrays(path: Path) -> Arrays:
+    """The arrays of an .npz file (or one .npy), by name; never unpickles. Raises :class:`InvalidInput`."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"": loaded}
+        with loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        raise InvalidInput(f"{path} is not a readable .npz file: {error}") from error
+    if not arrays:
+        raise InvalidInput(f"{path} holds no arrays")
+    return arrays
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write an .npz file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise BitwrightError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise BitwrightError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def named(arrays: Arrays, names: Sequence[str], where: str) -> Arrays:
+    """The arrays for these inputs: by name, or in order when no name is right. Raises :class:`InvalidInput`."""
+    if set(names) <= set(arrays):
+        return {n: arrays[n] for n in names}
+    if not set(names) & set(arrays) and len(names) == len(arrays):
+        return dict(zip(names, arrays.values(), strict=True))
+    missing = next(n for n in names if n not in arrays)
+    raise InvalidInput(
+        f"{where} has no array {missing!r}{did_you_mean(missing, arrays)} (it has {', '.join(map(repr, arrays))};"
+        f" the model takes {', '.join(map(repr, names))})"
+    )
+
+
+def batches(arrays: Arrays, graph: Graph) -> list[Arrays]:
+    """Calibration data cut along the first axis into batches that the graph takes."""
+    values = {v.name: v.type for v in graph.inputs}
+    first = next(iter(values))
+    size = values[first].shape[0] if values[first].shape else 0
+    rows = arrays[first].shape[0] if arrays[first].ndim else 0
+    step = size if isinstance(size, int) else _ROWS
+    if not size or not rows or (isinstance(size, int) and rows == size):
+        return [arrays]
+    if any(a.ndim == 0 or a.shape[0] != rows for a in arrays.values()):
+        return [arrays]
+    return [
+        {n: a[i : i + step] for n, a in arrays.items()}
+        for i in range(0, rows, step)
+        if isinstance(size, str) or i + step <= rows
+    ]
+
+
+def random_inputs(specs: Sequence[TensorSpec], batch: int, seed: int = 0) -> list[Array]:
+    """Inputs made up for timing: normal floats, ones for integers (a valid index of any table with two rows)."""
+    rng = np.random.default_rng(seed)
+    out: list[Array] = []
+    for spec in specs:
+        shape = tuple(d if isinstance(d, int) else batch * spec.factor for d in spec.shape)
+        dtype = _numpy(spec.dtype)
+        out.append(rng.standard_normal(shape).astype(dtype) if _is_float(spec.dtype) else np.ones(shape, dtype))
+    return out
+
+
+def _numpy(dtype: str) -> Any:
+    from bitwright.ir.types import parse_dtype
+
+    return parse_dtype(dtype).numpy
+
+
+def _is_float(dtype: str) -> bool:
+    from bitwright.ir.types import parse_dtype
+
+    return parse_dtype(dtype).is_float
+
+
+def load_model(path: Path, weights: Path | None = None) -> Graph:
+    """A graph from .onnx, .pt2 or .bw-ir (its weights beside it, or in ``weights``); raises :class:`InvalidInput`."""
+    from bitwright import driver
+    from bitwright.ir.ops import Weight
+
+    if path.suffix not in (".onnx", ".pt2", ".bw-ir", ".bw"):
+        raise InvalidInput(f"{path}: expected a model ending in .onnx, .pt2 (torch.export.save) or .bw-ir")
+    if path.suffix == ".pt2":
+        return _load_exported(path)
+    if path.suffix != ".bw-ir":
+        return driver.to_graph(path)
+    graph = driver.load_graph(path, weights)
+    missing = sorted({n.op.ref for n in graph.nodes if isinstance(n.op, Weight)} - set(graph.weights))
+    if missing:
+        raise InvalidInput(
+            f"{path} refers to {len(missing)} weights that are not there, first {missing[0]!r}:"
+            f" put them into {path.with_suffix('.safetensors').name} beside it, or give --weights FILE"
+        )
+    return graph
+
+
+def _load_exported(path: Path) -> Graph:
+    from bitwright import driver
+
+    if not path.is_file():
+        raise InvalidInput(f"there is no file {path}")
+    import torch
+
+    try:
+        program = torch.export.load(str(path))
+    except Exception as error:
+        raise InvalidInput(f"{path} is not a readable torch.export archive: {error}") from error
+    return driver.capture(program)

@@ -1,0 +1,58 @@
+"""``bitwright targets | passes | recipes``: what exists, one line each, from the code itself."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+
+from bitwright import cli_show
+from bitwright.ir.target import Target
+from bitwright.runtime import units
+
+
+def targets() -> None:
+    """A row per built-in target, and this machine's."""
+    from bitwright.codegen.targets import BUILTIN, host
+
+    rows = [target_row(t) for t in (host(calibrate=False), *BUILTIN.values())]
+    cli_show.console().print(cli_show.table(["target", ">vector", ">peak", "sparse patterns", "where from"], rows))
+
+
+def target_row(t: Target) -> tuple[str, ...]:
+    """Name, vector width, best dense speed of one core, sparse patterns with their gain, source."""
+    best = max(t.rates, key=lambda r: r.ops_per_second)
+    gains = sparse_text(t)
+    peak = f"{units.rate(best.ops_per_second)} {best.x}x{best.w}"
+    return t.name, f"{t.vector_bits} bit", peak, gains, t.source
+
+
+def sparse_text(t: Target) -> str:
+    """``u8: 2:4 x1.40, 1:4 x2.70; f32: ...``: expected gain over dense by activation format."""
+    formats = dict.fromkeys(s.x for s in t.sparse)
+    lists = (f"{x}: " + ", ".join(f"{s.keep}:{s.group} x{s.gain:.3g}" for s in t.sparse if s.x == x) for x in formats)
+    return "; ".join(lists) or "none pays"
+
+
+def passes() -> None:
+    """A row per pass: options with their defaults, and its first sentence."""
+    from bitwright.passes.registry import PASSES, describe, load
+
+    rows = [(name, load(name).takes, options_text(name), describe(name)) for name in PASSES]
+    cli_show.console().print(cli_show.table(["pass", "level", "options", "what it does"], rows))
+
+
+def options_text(name: str) -> str:
+    """``pattern=2:4 only=*``: every option with its default."""
+    from bitwright.passes._spec import show_option
+    from bitwright.passes.registry import load
+
+    return " ".join(
+        f"{f.name.rstrip('_')}={'...' if f.default is MISSING else show_option(f.default)}" for f in fields(load(name))
+    )
+
+
+def recipes() -> None:
+    """A row per recipe."""
+    from bitwright.passes.pipelines import RECIPES
+
+    rows = [(name, text or "nothing beyond what every compilation does") for name, text in RECIPES.items()]
+    cli_show.console().print(cli_show.table(["recipe", "stands for"], rows))

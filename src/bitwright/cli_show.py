@@ -1,0 +1,160 @@
+"""Reports and lists as terminal tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bitwright.runtime import units
+from bitwright.runtime.html import formats_text
+from bitwright.runtime.plots import FAMILIES, family, pass_text
+
+if TYPE_CHECKING:
+    from bitwright.runtime.program import Program
+    from bitwright.runtime.report import Layer, Report
+
+_PIPE_WIDTH = 170
+_STYLES = {"float": "", "dense": "blue", "sparse": "dark_orange"}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console; into a file or pipe it is wide, so that nothing is cut."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH, highlight=False, soft_wrap=False)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str | Text]], *, title: str = "") -> Table:
+    """A plain table; a head that starts with ``>`` is a column of numbers, the last column takes the rest."""
+    out = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False)
+    for head in heads:
+        number = head.startswith(">")
+        out.add_column(head.removeprefix(">"), justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for row in rows:
+        out.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+    return out
+
+
+def shape_text(shape: Sequence[int | str]) -> str:
+    """``b x 64 x 8 x 8``."""
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def layers(report: Report) -> Table:
+    """One row per layer: what it is, what was done, what it costs. Columns nobody filled are left out."""
+    rows = report.layers
+    columns: list[tuple[str, list[str | Text]]] = [
+        ("layer", [Text(x.name, _STYLES[family(x)]) for x in rows]),
+        ("operation", [x.op for x in rows]),
+        ("shape", [shape_text(x.shape) if x.shape else "" for x in rows]),
+        ("formats", [formats_text(x.formats) for x in rows]),
+        ("mask", [x.pattern for x in rows]),
+        ("kernel", [x.kernel for x in rows]),
+        (">bytes", [units.size(x.bytes) for x in rows]),
+        (">predicted", [units.seconds(x.predicted_seconds) for x in rows]),
+        (">measured", [units.seconds(x.measured_seconds) for x in rows]),
+        (">of limit", [units.percent(x.share_of_limit) for x in rows]),
+        (">error", [units.percent(x.error) for x in rows]),
+        ("why", [_why(x) for x in rows]),
+    ]
+    used = [(head, cells) for head, cells in columns if any(str(c) not in ("", units.UNKNOWN) for c in cells)]
+    return table([h for h, _ in used], zip(*(cells for _, cells in used), strict=True), title="Layers")
+
+
+def _why(layer: Layer) -> str:
+    return "; ".join(t for t in (layer.reason, *layer.notes) if t)
+
+
+def summary(report: Report) -> Text:
+    """One line: how many layers are what, their time and bytes."""
+    working = [x for x in report.layers if x.operations] or report.layers
+    counts = {word: sum(family(x) == kind for x in working) for kind, word in FAMILIES.items()}
+    parts = [f"{n} {word}" for word, n in counts.items() if n]
+    text = f"{len(working)} layers: {', '.join(parts)}" if parts else "no layers"
+    for word, times in (
+        ("predicted", [x.predicted_seconds for x in report.layers]),
+        ("measured", [x.measured_seconds for x in report.layers]),
+    ):
+        known = [t for t in times if t is not None]
+        if known:
+            text += f"; {word} {units.seconds(sum(known))}"
+    return Text(text)
+
+
+def passes(report: Report) -> Table:
+    """One row per pass."""
+    rows = (
+        (
+            str(p.index), pass_text(p), units.seconds(p.seconds),
+            f"{p.nodes_before} → {p.nodes_after}" if p.changed else "unchanged",
+            units.percent(p.error) if p.error is not None else "", "; ".join(p.notes),
+        )
+        for p in report.passes
+    )  # fmt: skip
+    return table([">", "pass", ">time", ">operators", ">output error", "notes"], rows, title="Passes")
+
+
+def refusals(report: Report) -> Table:
+    """One row per thing that was asked for and not done."""
+    rows = ((r.place, r.pass_name, r.reason, r.cure) for r in report.refusals)
+    return table(["layer", "asked of", "why it was not done", "what would make it possible"], rows, title="Refusals")
+
+
+def program(p: Program) -> Table:
+    """What a program takes, gives and needs."""
+    m = p.manifest
+    rows = [
+        ("target", " ".join(t for t in (m.target, m.arch) if t)),
+        ("inputs", ", ".join(f"{t.name}: {t}" for t in m.inputs)),
+        ("outputs", ", ".join(f"{t.name}: {t}" for t in m.outputs)),
+        ("weights", units.size(m.weights_bytes)),
+        ("working memory", f"{units.size(m.arena_bytes)} and {units.size(m.scratch_bytes)} a thread"),
+        ("processor features", " ".join(m.features) or "none beyond the architecture's"),
+        ("made by", ", ".join(f"{k} {v}" for k, v in m.versions.items())),
+    ]
+    out = Table(box=None, show_header=False, pad_edge=False, title=m.name, title_justify="left", title_style="bold")
+    for name, value in rows:
+        if value:
+            out.add_row(Text(name, "dim"), Text(value))
+    return out
+
+
+def layer_story(report: Report, layer: Layer) -> Table:
+    """Everything known about one layer, refusals included."""
+    facts: list[tuple[str, str]] = [
+        ("operation", layer.op),
+        ("written at", layer.origin),
+        ("result", shape_text(layer.shape)),
+        ("formats", formats_text(layer.formats)),
+        ("mask", f"{layer.pattern}, {units.percent(layer.density)} kept" if layer.pattern else "none"),
+        ("kernel", layer.kernel),
+        ("why", layer.reason),
+        *(("note", n) for n in layer.notes),
+        ("work", f"{units.count(layer.operations)} operations, {units.size(layer.bytes)}"),
+        (
+            "time",
+            f"{units.seconds(layer.predicted_seconds)} predicted, {units.seconds(layer.measured_seconds)} measured",
+        ),
+        ("of the limit", units.percent(layer.share_of_limit)),
+        ("error", units.percent(layer.error)),
+    ]
+    for r in report.refusals:
+        if r.place == layer.name:
+            facts.append((f"refused by {r.pass_name}", r.reason + (f"; to go on: {r.cure}" if r.cure else "")))
+    out = Table(box=None, show_header=False, pad_edge=False, title=layer.name, title_justify="left", title_style="bold")
+    for name, value in facts:
+        if value and value != units.UNKNOWN:
+            out.add_row(Text(name, "dim"), Text(value))
+    return out
+
+
+def cells(value: Any) -> str:
+    """A value of a driver's row as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return units.significant(value) if isinstance(value, float) else "" if value is None else str(value)

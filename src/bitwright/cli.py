@@ -1,4 +1,4 @@
-"""The command line: ``bitwright compile``, ``inspect``, ``run``, ``bench``, ``opt``, ``verify``, ``advise`` and lists."""
+"""The command line: compile, inspect, run, bench, opt, verify, advise, and lists of what exists."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitwright.ir.errors import BitwrightError, InvalidInput, did_you_mean
+from bitwright.ir.errors import BitwrightError, InvalidInput
 
 if TYPE_CHECKING:
     from bitwright.ir.graph import Graph
     from bitwright.runtime.program import Program
-    from bitwright.runtime.report import Layer, Report
 
 app = typer.Typer(
     name="bitwright",
@@ -96,7 +95,7 @@ def compile_command(
             batch=batch, sizes=_sizes(size), dump=dump, measure=measure, progress=progress,
         )  # fmt: skip
         program.save(out)
-    _show_report(program.report, passes=False)
+    cli_show.print_report(program.report, with_passes=False)
     if html:
         program.report.to_html(html)
     cli_show.console().print(f"wrote {out}" + (f" and {html}" if html else ""))
@@ -122,59 +121,14 @@ def inspect(
         report.to_html(html)
         console.print(f"wrote {html}")
     elif why:
-        console.print(cli_show.layer_story(report, _find_layer(report, why)))
+        console.print(cli_show.layer_story(report, cli_show.find_layer(report, why)))
     elif text:
         print(loaded.graph)
     elif pass_name or diff:
-        _show_passes(report, pass_name, diff)
+        cli_show.pass_story(report, pass_name, diff)
     else:
         console.print(cli_show.program(loaded))
-        _show_report(report)
-
-
-def _show_report(report: Report, *, passes: bool = True) -> None:
-    from bitwright import cli_show
-
-    console = cli_show.console()
-    if passes and report.passes:
-        console.print(cli_show.passes(report))
-    if report.refusals:
-        console.print(cli_show.refusals(report))
-    if report.layers:
-        console.print(cli_show.layers(report))
-    for note in report.notes:
-        console.print(note, markup=False)
-    console.print(cli_show.summary(report))
-
-
-def _show_passes(report: Report, name: str | None, diff: bool) -> None:
-    from bitwright import cli_show
-
-    names = [p.name for p in report.passes]
-    if name and name not in names:
-        raise InvalidInput(f"pass {name!r} did not run{did_you_mean(name, names)} ({', '.join(dict.fromkeys(names))})")
-    rows = [p for p in report.passes if name in (None, p.name)]
-    refused = [r for r in report.refusals if name in (None, r.pass_name)]
-    part = report.model_copy(update={"passes": rows, "refusals": refused})
-    console = cli_show.console()
-    console.print(cli_show.passes(part))
-    if refused:
-        console.print(cli_show.refusals(part))
-    for row in rows if diff else []:
-        text = getattr(row, "diff", "")
-        if row.changed:
-            print(text or f"{row.name} changed weight values only")
-
-
-def _find_layer(report: Report, name: str) -> Layer:
-    """The layer of that name, or the only one whose name holds it; raises :class:`InvalidInput`."""
-    names = [x.name for x in report.layers]
-    found = [x for x in report.layers if x.name == name] or [x for x in report.layers if name in x.name]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise InvalidInput(f"{name!r} fits {len(found)} layers: {', '.join(x.name for x in found[:8])}")
-    raise InvalidInput(f"no layer is called {name!r}{did_you_mean(name, names)}; `bitwright inspect` lists them")
+        cli_show.print_report(report)
 
 
 # --- run and measure -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bitwright.ir.errors import InvalidInput, did_you_mean
 from bitwright.runtime import units
 from bitwright.runtime.html import formats_text
 from bitwright.runtime.plots import FAMILIES, family, pass_text
@@ -158,3 +159,46 @@ def cells(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return units.significant(value) if isinstance(value, float) else "" if value is None else str(value)
+
+
+def print_report(report: Report, *, with_passes: bool = True) -> None:
+    """Passes, refusals, layers, notes and the summary, as tables."""
+    out = console()
+    if with_passes and report.passes:
+        out.print(passes(report))
+    if report.refusals:
+        out.print(refusals(report))
+    if report.layers:
+        out.print(layers(report))
+    for note in report.notes:
+        out.print(note, markup=False)
+    out.print(summary(report))
+
+
+def pass_story(report: Report, name: str | None, diff: bool) -> None:
+    """What one pass (None: every pass) did and refused, with text diffs on request."""
+    names = [p.name for p in report.passes]
+    if name and name not in names:
+        raise InvalidInput(f"pass {name!r} did not run{did_you_mean(name, names)} ({', '.join(dict.fromkeys(names))})")
+    rows = [p for p in report.passes if name in (None, p.name)]
+    refused = [r for r in report.refusals if name in (None, r.pass_name)]
+    part = report.model_copy(update={"passes": rows, "refusals": refused})
+    out = console()
+    out.print(passes(part))
+    if refused:
+        out.print(refusals(part))
+    for row in rows if diff else []:
+        text = getattr(row, "diff", "")
+        if row.changed:
+            print(text or f"{row.name} changed weight values only")
+
+
+def find_layer(report: Report, name: str) -> Layer:
+    """The layer of that name, or the only one whose name holds it; raises :class:`InvalidInput`."""
+    names = [x.name for x in report.layers]
+    found = [x for x in report.layers if x.name == name] or [x for x in report.layers if name in x.name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InvalidInput(f"{name!r} fits {len(found)} layers: {', '.join(x.name for x in found[:8])}")
+    raise InvalidInput(f"no layer is called {name!r}{did_you_mean(name, names)}; `bitwright inspect` lists them")

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import platform
+import struct
 import tempfile
 import threading
 from collections.abc import Iterable
@@ -99,7 +100,7 @@ class Library:
             if self.info.get(key) != value:
                 raise InvalidInput(f"program.so has {key} {self.info.get(key)}, the manifest says {value}")
         check_host(self.info.get("features", ()))
-        self.openmp = bool(self.info.get("openmp"))
+        self.openmp = bool(self.info.get("openmp")) and _keep_openmp(self._library)
         pointers: list[Any] = [ctypes.c_void_p] * 5
         self.run = self._library.bw_run
         self.run.argtypes = [*pointers, ctypes.c_int, ctypes.c_int64]
@@ -130,10 +131,53 @@ class Library:
             self._handle = None
 
 
-def open_library(data: bytes) -> ctypes.CDLL:
-    """dlopen a library given as bytes, without leaving a file behind."""
+class _Symbol(ctypes.Structure):
+    """``Dl_info``: the file and address a symbol comes from."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def _keep_openmp(library: ctypes.CDLL) -> bool:
+    """Pin the OpenMP runtime in memory: its sleeping threads outlive the program that started them."""
+    try:
+        symbol = ctypes.cast(library.omp_get_num_threads, ctypes.c_void_p)
+        found = _Symbol()
+        if not ctypes.CDLL(None).dladdr(symbol, ctypes.byref(found)) or not found.file:
+            return False
+        ctypes.CDLL(os.fsdecode(found.file), mode=os.RTLD_NOW | os.RTLD_NODELETE)
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def _check_elf(data: bytes) -> None:
+    """Refuse what is not ELF, and truncated libraries: dlopen maps them and dies of SIGBUS."""
     if not data.startswith(b"\x7fELF"):
         raise InvalidInput("program.so is not an ELF library")
+    if data[4:6] != b"\x02\x01":
+        return  # 32-bit or big-endian: dlopen says what is wrong
+    try:
+        (table,) = struct.unpack_from("<Q", data, 0x20)
+        size, count = struct.unpack_from("<HH", data, 0x36)
+        ends = [
+            sum(struct.unpack_from("<Q16xQ", data, table + size * i + 8))
+            for i in range(count)
+            if struct.unpack_from("<I", data, table + size * i) == (1,)
+        ]
+    except struct.error:
+        ends = [len(data) + 1]
+    if not ends or max(ends) > len(data):
+        raise InvalidInput("program.so is truncated")
+
+
+def open_library(data: bytes) -> ctypes.CDLL:
+    """dlopen a library given as bytes, without leaving a file behind."""
+    _check_elf(data)
     with _load_lock, _SpinCount():
         try:
             descriptor = os.memfd_create("bitwright-program", os.MFD_CLOEXEC)

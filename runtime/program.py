@@ -117,6 +117,7 @@ class Program:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to a ``.bw`` file, whole or not at all."""
+        self._opened()
         write(path, self._contents)
 
     @property
@@ -216,10 +217,14 @@ class Program:
         listing = ", ".join(f"{t.name}: {t}" for t in self.inputs)
         return f"{len(self.inputs)} input{'' if len(self.inputs) == 1 else 's'} ({listing})"
 
-    def _call(self, values: Sequence[Any], threads: int, seconds: Array | None) -> Any:
+    def _opened(self) -> Library:
         library = self._library
         if library is None:
             raise BitwrightError(f"program {self.manifest.name!r} is closed")
+        return library
+
+    def _call(self, values: Sequence[Any], threads: int, seconds: Array | None) -> Any:
+        library = self._opened()
         if len(values) != len(self._inputs):
             values = self._in_order(values, {})
         arrays, rows = self._check(values)

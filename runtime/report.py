@@ -63,6 +63,7 @@ class PassRow(_Row):
     changed: bool = False
     notes: list[str] = Field(default_factory=list)
     error: float | None = None
+    diff: str = ""
 
 
 class Refusal(_Row):

@@ -149,12 +149,16 @@ class Rewriter(Builder):
         """Put another operator in the place of ``node`` under its old names, and record the move."""
         inputs = tuple(inputs)
         types = types or infer(op, [self.types[x] for x in inputs])
-        for out in node.outputs:
-            if self.types.get(out, ...) is None:
-                del self.types[out]
+        self.free(node)
         outs = self.append(op, inputs, node.outputs, types, node.origin)
         self.moved.update(zip(node.outputs, outs, strict=True))
         return outs
+
+    def free(self, node: Node) -> None:
+        """Let new values take the names of a node that is being replaced."""
+        for out in node.outputs:
+            if self.types.get(out, ...) is None:
+                del self.types[out]
 
     def replace(self, node: Node, *values: str) -> None:
         """Let new values stand for the results of an old node."""

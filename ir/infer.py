@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations_with_replacement
 
@@ -87,7 +87,7 @@ def bind_op(op: ops.Op, sizes: dict[str, int]) -> ops.Op:
     shape = getattr(op, "shape", None)
     if shape is None or all(isinstance(d, int) for d in shape):
         return op
-    return replace(op, **{"shape": tuple(bind_dim(d, sizes) for d in shape)})  # type: ignore[arg-type]
+    return replace(op, **{"shape": tuple(bind_dim(d, sizes) for d in shape)})
 
 
 def bind_type(t: TensorType, sizes: dict[str, int]) -> TensorType:

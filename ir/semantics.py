@@ -194,7 +194,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 def _conv(op: ops.Conv | ops.IntConv, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     x, n = _space(x, op.channels_last), w.dim() - 2
     x = pad_space(x, op.padding[:n], op.padding[n:])
-    y = _CONV[n](x, w, bias, op.stride or 1, 0, op.dilation or 1, op.groups)  # type: ignore[operator]
+    y = _CONV[n](x, w, bias, op.stride or 1, 0, op.dilation or 1, op.groups)
     return y.movedim(1, -1) if op.channels_last else y
 
 
@@ -205,7 +205,7 @@ def _conv_transpose(op: ops.ConvTranspose, x: Tensor, w: Tensor, bias: Tensor | 
     n = w.dim() - 2
     extra = op.output_padding or (0,) * n
     stride, dilation = op.stride or (1,) * n, op.dilation or (1,) * n
-    y = _CONVT[n](x, w, bias, stride, 0, 0, op.groups, dilation)  # type: ignore[operator]
+    y = _CONVT[n](x, w, bias, stride, 0, 0, op.groups, dilation)
     full = [(x.shape[2 + i] - 1) * stride[i] + dilation[i] * (w.shape[2 + i] - 1) + 1 for i in range(n)]
     begin, end = op.padding[:n] or (0,) * n, op.padding[n:] or (0,) * n
     trim = [e - o for e, o in zip(end, extra, strict=True)]
@@ -331,7 +331,8 @@ REDUCE: dict[str, Callable[[Tensor, tuple[int, ...], bool], Tensor]] = {
     "mean": lambda x, a, k: x.mean(a, keepdim=k) if x.is_floating_point()
     else torch.div(x.sum(a, keepdim=k), math.prod(x.shape[i] for i in a), rounding_mode="trunc").to(x.dtype),
     "max": lambda x, a, k: x.amax(a, keepdim=k), "min": lambda x, a, k: x.amin(a, keepdim=k), "prod": _prod,
-    "any": lambda x, a, k: x.any(a, keepdim=k) if x.dim() else x, "all": lambda x, a, k: x.all(a, keepdim=k) if x.dim() else x,
+    "any": lambda x, a, k: x.any(a, keepdim=k) if x.dim() else x,
+    "all": lambda x, a, k: x.all(a, keepdim=k) if x.dim() else x,
     "l1": lambda x, a, k: x.abs().sum(a, keepdim=k, dtype=x.dtype),
     "l2": lambda x, a, k: x.square().sum(a, keepdim=k).sqrt().to(x.dtype) if x.is_floating_point()
     else x.double().square().sum(a, keepdim=k).sqrt().to(x.dtype),

@@ -163,12 +163,19 @@ def source_coordinates(op: ops.Resize, axis: int, size: int) -> Tensor:
     return (i + 0.5) / scale - 0.5
 
 
+_NEAREST: dict[str, Callable[[Tensor], Tensor]] = {
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "round_prefer_floor": lambda v: torch.ceil(v - 0.5),
+    "round_prefer_ceil": lambda v: torch.floor(v + 0.5),
+}
+
+
 def resize_taps(op: ops.Resize, axis: int, size: int) -> tuple[Tensor, Tensor]:
     """Index [out, taps] and weight [out, taps] of one space axis; shared with code generation."""
     x = source_coordinates(op, axis, size)
     if op.mode == "nearest":
-        near = {"floor": torch.floor, "ceil": torch.ceil, "round_prefer_floor": lambda v: torch.ceil(v - 0.5),
-                "round_prefer_ceil": lambda v: torch.floor(v + 0.5)}[op.rounding](x)  # fmt: skip
+        near = _NEAREST[op.rounding](x)
         return near.clamp(0, size - 1).to(torch.int64)[:, None], torch.ones(len(x), 1, dtype=torch.float64)
     base = torch.floor(x)
     t = (x - base)[:, None]
@@ -190,7 +197,8 @@ def _resize(op: ops.Resize, x: Tensor) -> Tensor:
     for i in range(len(op.size)):
         axis = 2 + i
         index, weight = (t.to(x.device) for t in resize_taps(op, i, x.shape[axis]))
-        taps = y.index_select(axis, index.reshape(-1)).unflatten(axis, index.shape)
+        taps = y.index_select(axis, index.reshape(-1))
+        taps = taps.reshape(*taps.shape[:axis], *index.shape, *taps.shape[axis + 1 :])
         shape = [1] * taps.dim()
         shape[axis], shape[axis + 1] = index.shape
         y = (taps * weight.to(y.dtype).reshape(shape)).sum(axis + 1)

@@ -76,7 +76,8 @@ _ID = r'(?:"(?:[^"\\]|\\.)*"|[A-Za-z_0-9.$]+)'
 _TYPE = r"\w+\[[^\]]*\](?:\s*(?:nm|block|unstructured|codebook)<[^>]*>)?"
 _HEAD = re.compile(rf"graph @({_ID}) \((.*)\) -> \((.*)\) level=(\w+) \{{")
 _NODE = re.compile(
-    rf"(%{_ID}(?:, %{_ID})*) = (\w+)(?:\((%{_ID}(?:, %{_ID})*)\))?(?: \{{(.*)\}})? : ({_TYPE}(?:; {_TYPE})*)(?:  # (.*))?"
+    rf"(%{_ID}(?:, %{_ID})*) = (\w+)(?:\((%{_ID}(?:, %{_ID})*)\))?(?: \{{(.*)\}})?"
+    rf" : ({_TYPE}(?:; {_TYPE})*)(?:  # (.*))?"
 )
 _INPUT = re.compile(rf"%({_ID}): ({_TYPE})")
 _OUTPUT = re.compile(rf"({_ID}) = %({_ID})")
@@ -106,7 +107,7 @@ def _scalar(token: str) -> Any:
 def _parse_value(tokens: Iterator[str], token: str) -> Any:
     if token != "[":
         return _scalar(token)
-    items = []
+    items: list[Any] = []
     for t in tokens:
         if t == "]":
             return tuple(items)
@@ -182,7 +183,7 @@ def _parse_graph(lines: _Lines, weights: Weights) -> Graph:
     outputs = [(_plain(m[1]), _plain(m[2])) for m in _OUTPUT.finditer(head[3])]
     return Graph(
         _plain(head[1]), inputs, tuple(nodes), tuple(v for _, v in outputs), tuple(n for n, _ in outputs), weights,
-        head[4],  # type: ignore[arg-type]
+        head[4],
     )  # fmt: skip
 
 

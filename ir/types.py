@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -64,11 +64,12 @@ class DType:
         return {"int": (1 << (self.bits - 1)) - 1, "uint": (1 << self.bits) - 1}.get(self.kind, 1)
 
     @property
-    def numpy(self) -> np.dtype:  # type: ignore[type-arg]
+    def numpy(self) -> np.dtype[Any]:
         """The array format that holds values of this type (sub-byte integers in a byte, small floats in f32)."""
         name = str(self)
         if name == "bf16":
-            return np.dtype(ml_dtypes.bfloat16)
+            bf16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+            return bf16
         if self.kind == "float":
             return np.dtype({"f64": "float64", "f16": "float16"}.get(name, "float32"))
         if self.kind == "bool":

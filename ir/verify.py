@@ -17,6 +17,7 @@ _FORBIDDEN: dict[Level, tuple[tuple[type[ops.Op], ...], str]] = {
     "integer": ((ops.Region,), "regions belong to the kernel level"),
     "kernel": ((), ""),
 }
+_KERNEL_LEVEL = (ops.Region, ops.Reshape, ops.Weight, ops.Constant)
 
 
 def verify(graph: Graph, level: Level | None = None) -> None:
@@ -48,30 +49,44 @@ def _context(graph: Graph, at: int, reach: int = 3) -> str:
 
 def _check(graph: Graph, node: Node, known: dict[str, TensorType]) -> str:
     """Why the node is wrong, or the empty string."""
+    if why := _check_names(node, known) or _check_level(graph.level, node.op):
+        return why
+    if isinstance(node.op, ops.Weight):
+        return _check_weight(graph, node)
+    if isinstance(node.op, ops.Constant):
+        have, want = len(node.op.values), node.type.size
+        return "" if have == want else f"a literal of {node.type} with {have} values"
+    if isinstance(node.op, ops.Region) and (why := _check_region(node, known)):
+        return why
+    return _check_types(node, known)
+
+
+def _check_names(node: Node, known: dict[str, TensorType]) -> str:
     for x in node.inputs:
         if x not in known:
             return f"%{x} is used before it is defined"
     for o in node.outputs:
         if o in known:
             return f"%{o} is defined twice"
-    banned, why = _FORBIDDEN[graph.level]
-    if isinstance(node.op, banned):
-        return f"{node.op.spelling} may not stand in a graph of level {graph.level}: {why}"
-    if isinstance(node.op, ops.Weight):
-        return _check_weight(graph, node)
-    if isinstance(node.op, ops.Constant):
-        return (
-            ""
-            if len(node.op.values) == node.type.size
-            else f"a literal of {node.type} with {len(node.op.values)} values"
-        )
-    if isinstance(node.op, ops.Region):
-        if why := _check_region(node, known):
-            return why
+    return ""
+
+
+def _check_level(level: Level, op: ops.Op) -> str:
+    banned, why = _FORBIDDEN[level]
+    if isinstance(op, banned):
+        return f"{op.spelling} may not stand in a graph of level {level}: {why}"
+    if level == "kernel" and not isinstance(op, _KERNEL_LEVEL):
+        return f"{op.spelling} may not stand in a graph of level kernel outside a region"
+    return ""
+
+
+def _check_types(node: Node, known: dict[str, TensorType]) -> str:
     try:
         types = infer(node.op, [known[x] for x in node.inputs])
     except InferenceError as e:
         return str(e)
+    if len(types) != len(node.types) or len(node.types) != len(node.outputs):
+        return f"{node.op.spelling} gives {len(types)} results, {len(node.types)} are declared"
     for have, want in zip(node.types, types, strict=True):
         if have.with_encoding(None) != want:
             return f"declared {have}, but {node.op.spelling} gives {want}"

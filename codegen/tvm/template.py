@@ -41,6 +41,10 @@ class Config:
     reason: str = ""
     inplace: tuple[tuple[int, int], ...] = ()
 
+    def kernel_key(self) -> str:
+        """What of the configuration the generated code depends on."""
+        return repr(replace(self, reason=""))
+
 
 @dataclass(frozen=True, slots=True)
 class Refused:
@@ -69,6 +73,10 @@ class Template:
     def emit(self, body: Graph, config: Config, symbol: str) -> Any:
         """The TIR PrimFunc of the kernel, exported under ``symbol``. Depends on ``body`` and ``config`` only."""
         raise NotImplementedError
+
+    def kernel_body(self, body: Graph) -> Graph:
+        """The part of the body that the code depends on (the body itself unless overridden)."""
+        return body
 
     def verify(self, body: Graph, config: Config, constants: Mapping[str, Array], packed: list[Array]) -> str:
         """Unpack ``packed`` and compare with the constants: the empty string, or what differs."""

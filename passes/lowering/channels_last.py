@@ -20,13 +20,13 @@ class ChannelsLast(Pass):
     """Run convolutions channels last; transposes appear only where a value enters or leaves that layout.
 
     before:
-        graph @g (%x: f32[1, 4, 5, 5]) -> (y = %r) level=graph {
+        graph @g (%x: f32[1, 4, 5, 5]) -> (y = %r) level=integer {
           %w = weight {ref="w"} : f32[8, 4, 3, 3]
           %c = conv(%x, %w) {padding=[1, 1, 1, 1]} : f32[1, 8, 5, 5]
           %r = relu(%c) : f32[1, 8, 5, 5]
         }
     after:
-        graph @g (%x: f32[1, 4, 5, 5]) -> (y = %r) level=graph {
+        graph @g (%x: f32[1, 4, 5, 5]) -> (y = %r) level=integer {
           %w = weight {ref="w"} : f32[8, 4, 3, 3]
           %x.last = transpose(%x) {perm=[0, 2, 3, 1]} : f32[1, 5, 5, 4]
           %c.last = conv(%x.last, %w) {padding=[1, 1, 1, 1], channels_last=true} : f32[1, 5, 5, 8]
@@ -36,6 +36,8 @@ class ChannelsLast(Pass):
     """
 
     name = "channels-last"
+    takes = "integer"
+    gives = "integer"
 
     def run(self, graph: Graph, context: Context) -> Graph:
         rw = _Layout(graph)

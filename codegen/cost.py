@@ -1,0 +1,109 @@
+"""What a kernel should take: operations over the target's speed, bytes over its bandwidth, plus a call.
+
+A roofline with three roofs, deliberately small: it answers "will it pay" before anything is compiled, and the report
+shows it beside the measured time. Efficiencies are those the kernels of ``tvm/contract`` reach (about 0.9).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bitwright.ir import ops
+from bitwright.ir.graph import Graph, Node
+from bitwright.ir.target import Target
+from bitwright.ir.types import F32, NM, TensorType
+
+_EFFICIENCY = 0.9
+_SLOW = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish pow sin cos div rsqrt sqrt".split())
+_SLOW_STEPS = 12
+_GENERIC = 1.5e9
+"""Scalar element steps per second of kernels that are not vectorised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one region: multiply-adds counted as two operations (dense), bytes moved, predicted seconds and the seconds
+    that no kernel of this target could go below (``limit``)."""
+
+    operations: int
+    bytes: int
+    seconds: float
+    limit: float
+
+
+def macs(node: Node, types: dict[str, TensorType] | Graph) -> int:
+    """Dense multiply-accumulates of a contraction or attention node (static shapes), 0 for others."""
+    table = types.types if isinstance(types, Graph) else types
+    op, out = node.op, node.type.size
+    if isinstance(op, (ops.Linear, ops.IntLinear, ops.MatMul, ops.IntMatMul)):
+        return out * int(table[node.inputs[0]].shape[-1])
+    if isinstance(op, (ops.Conv, ops.IntConv)):
+        return out * math.prod(int(d) for d in table[node.inputs[1]].shape[1:])
+    if isinstance(op, ops.ConvTranspose):
+        return table[node.inputs[0]].size * math.prod(int(d) for d in table[node.inputs[1]].shape[1:])
+    if isinstance(op, ops.Attention):
+        q, k = table[node.inputs[0]], table[node.inputs[1]]
+        return (q.size + out) * int(k.shape[-2])
+    return 0
+
+
+def weight_bytes(t: TensorType) -> float:
+    """Bytes of a weight as its kernel stores it: N:M weights carry their kept values and packed indices."""
+    dense = t.size * max(1, t.dtype.bits) / 8
+    if not isinstance(t.encoding, NM):
+        return dense
+    index_bits = 2 if t.encoding.group <= 4 else 4
+    kept = t.size * t.encoding.density
+    return kept * (max(8, t.dtype.bits) + index_bits) / 8
+
+
+def cost_of(body: Graph, target: Target, *, generic: bool = False, sparse: bool = True) -> Cost:
+    """The cost of one region on one core; ``sparse`` False prices N:M weights as dense ones."""
+    operations = 2 * sum(macs(n, body) for n in body.nodes)
+    nbytes = sum(v.type.size * max(1, v.type.dtype.bits // 8) for v in body.inputs if v.type.encoding is None)
+    nbytes += int(sum(weight_bytes(v.type) for v in body.inputs if v.type.encoding is not None))
+    nbytes += sum(body.types[o].size * max(1, body.types[o].dtype.bits // 8) for o in body.outputs)
+    arithmetic, limit = 0.0, 0.0
+    for node in body.nodes:
+        seconds, floor = _node_seconds(node, body, target, sparse)
+        arithmetic += seconds if not generic else max(seconds, _work(node, body) / _GENERIC)
+        limit += floor
+    bandwidth = target.cache_bandwidth if nbytes < target.l3_bytes // 2 else target.memory_bandwidth
+    memory = nbytes / bandwidth
+    return Cost(operations, nbytes, max(arithmetic, memory) + target.launch_seconds, max(limit, memory))
+
+
+def _work(node: Node, body: Graph) -> int:
+    return max(macs(node, body), node.type.size, *(body.types[x].size for x in node.inputs), 0)
+
+
+def _node_seconds(node: Node, body: Graph, target: Target, sparse: bool) -> tuple[float, float]:
+    """Expected seconds of one node's arithmetic, and the seconds at the target's peak."""
+    count = macs(node, body)
+    if count:
+        x, w = body.types[node.inputs[0]], body.types[node.inputs[1]]
+        rate = target.rate(x.dtype, w.dtype)
+        if not rate:
+            return 2 * count / (2 * _GENERIC), 0.0
+        gain, ideal = 1.0, 1.0
+        if isinstance(w.encoding, NM) and sparse:
+            gain = max(1.0, target.sparse_gain(x.dtype, w.encoding))
+            ideal = w.encoding.group / w.encoding.keep if gain > 1 else 1.0
+        reuse = min(1.0, 0.25 + _reuse(node, body) / 16)
+        return 2 * count / (rate * _EFFICIENCY * gain * reuse), 2 * count / (rate * ideal)
+    if isinstance(node.op, (ops.Weight, ops.Constant)):
+        return 0.0, 0.0
+    steps = _SLOW_STEPS if getattr(node.op, "fn", "") in _SLOW or isinstance(node.op, ops.Softmax) else 1
+    if isinstance(node.op, (ops.LayerNorm, ops.RmsNorm, ops.GroupNorm)):
+        steps = 6
+    elements = max([node.type.size, *(body.types[x].size for x in node.inputs)])
+    wide = target.vector_ops_per_second * 32 / max(32, node.type.dtype.bits if node.type.dtype != F32 else 32)
+    return elements * steps / wide, 0.0
+
+
+def _reuse(node: Node, body: Graph) -> float:
+    """Rows that share each weight: matrix-vector products cannot reach the arithmetic peak."""
+    if isinstance(node.op, (ops.Linear, ops.IntLinear)):
+        return node.type.size / max(1, int(node.type.shape[-1]))
+    return 16.0

@@ -1,0 +1,203 @@
+"""Linear layers, matrix products and convolutions as instances of the contraction family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import cast
+
+import numpy as np
+
+from bitwright.codegen.tvm import contract
+from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, Isa, Knobs, Matrix
+from bitwright.codegen.tvm.epilogue import PointwiseEpilogue
+from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
+from bitwright.ir import ops
+from bitwright.ir.graph import Graph, Node
+from bitwright.ir.patterns import violation
+from bitwright.ir.target import Target
+from bitwright.ir.types import F32, NM, S8, U8, TensorType
+from bitwright.ir.weights import Array
+
+_PAYS = 1.05
+"""A pattern whose expected gain is below this runs dense, and the report says so."""
+
+
+@dataclass(frozen=True)
+class ContractConfig(Config):
+    """``spec`` and ``knobs`` of the generator, the positions of its operands among the body's inputs."""
+
+    spec: ContractSpec = None  # type: ignore[assignment]
+    knobs: Knobs = None  # type: ignore[assignment]
+    weight: int = -1
+    bias: int = -1
+    zero: int = 0
+
+    def kernel_key(self) -> str:
+        return repr(replace(self, reason="", zero=0))
+
+
+def root_of(body: Graph) -> Node | None:
+    """The body's only contraction, if its first computing node is one and the rest is pointwise."""
+    computing = [n for n in body.nodes if not isinstance(n.op, ops.Constant)]
+    if not computing or not isinstance(computing[0].op, ops.CONTRACTION):
+        return None
+    return computing[0] if all(isinstance(n.op, ops.POINTWISE) for n in computing[1:]) else None
+
+
+class Contract(Template):
+    """The register-tiled contraction kernels of ``contract/`` with a fused pointwise epilogue."""
+
+    name = "contract"
+
+    def configure(self, body: Graph, constants: Mapping[str, Array], target: Target) -> Config | Refused:
+        root = root_of(body)
+        if root is None:
+            return Refused("not a contraction with a pointwise epilogue")
+        position = {v.name: i for i, v in enumerate(body.inputs)}
+        if any(x not in position for x in root.inputs):
+            return Refused("an operand of the contraction is a literal")
+        spec = _spec_of(body, root, constants)
+        if isinstance(spec, Refused):
+            return spec
+        weight = constants.get(root.inputs[1])
+        spec, reason = _with_pattern(spec, body.types[root.inputs[1]], weight, target)
+        isa = cast(Isa, target.isa)
+        if why := contract.supports(spec, isa):
+            return Refused(why)
+        epilogue = PointwiseEpilogue(body, root)
+        if isinstance(epilogue, Refused) or (why := epilogue.refusal()):
+            return Refused(f"epilogue: {why}")
+        knobs = contract.knobs(spec, isa, weight)
+        tasks, scratch, packed = _extent(spec, knobs)
+        x, w = position[root.inputs[0]], position[root.inputs[1]]
+        operands = [Arg("input", x), *([Arg("input", w)] if spec.right != "constant" else [])]
+        operands += [Arg("packed", i) for i in range(packed)]
+        operands += [Arg("input", i) for i in epilogue.operands] + [Arg("output", 0)]
+        return ContractConfig(
+            tasks=tasks, scratch_bytes=scratch, args=tuple(operands), isa=target.isa, mcpu=target.mcpu,
+            reason=reason, spec=spec, knobs=knobs, weight=w if weight is not None else -1,
+            bias=position[root.inputs[2]] if len(root.inputs) > 2 else -1, zero=getattr(root.op, "x_zero", 0),
+        )  # fmt: skip
+
+    def pack(self, body: Graph, config: Config, constants: Mapping[str, Array]) -> list[Array]:
+        assert isinstance(config, ContractConfig)
+        if config.weight < 0:
+            return []
+        weight = constants[body.inputs[config.weight].name]
+        init = _initial(config, weight, body, constants) if config.spec.init else None
+        return contract.pack(config.spec, config.knobs, weight, init=init)
+
+    def emit(self, body: Graph, config: Config, symbol: str) -> object:
+        assert isinstance(config, ContractConfig)
+        root = root_of(body)
+        assert root is not None
+        return contract.emit(config.spec, config.knobs, PointwiseEpilogue(body, root), symbol).primfunc
+
+    def kernel_body(self, body: Graph) -> Graph:
+        """The body without the zero point, which is folded into packed constants: more layers share a kernel."""
+        root = root_of(body)
+        if root is None or not getattr(root.op, "x_zero", 0):
+            return body
+        plain = replace(root, op=replace(root.op, x_zero=0))  # type: ignore[call-arg]
+        return replace(body, nodes=tuple(plain if n is root else n for n in body.nodes))
+
+    def verify(self, body: Graph, config: Config, constants: Mapping[str, Array], packed: list[Array]) -> str:
+        assert isinstance(config, ContractConfig)
+        if config.weight < 0:
+            return ""
+        weight = constants[body.inputs[config.weight].name]
+        streams = packed[:-1] if config.spec.init else packed
+        again, _ = contract.unpack(config.spec, config.knobs, streams)
+        if not np.array_equal(again, weight.reshape(again.shape)):
+            return "the packed weights do not unpack to the weights"
+        pattern = body.inputs[config.weight].type.encoding
+        return violation(again.reshape(weight.shape), pattern) if pattern else ""
+
+
+def _initial(config: ContractConfig, weight: Array, body: Graph, constants: Mapping[str, Array]) -> Array:
+    """What accumulators start from: the bias (f32), or the zero point's share -zero * sum(w) (s32)."""
+    if config.spec.element == "f32":
+        return np.ascontiguousarray(constants[body.inputs[config.bias].name], np.float32)
+    sums = weight.astype(np.int64).reshape(weight.shape[0], -1).sum(1)
+    return (-config.zero * sums).astype(np.int32)
+
+
+@cache
+def _extent(spec: ContractSpec, knobs: Knobs) -> tuple[int, int, int]:
+    """Tasks, scratch bytes and number of packed constants; none depends on the epilogue."""
+    made = contract.emit(spec, knobs, contract.StoreAcc(spec.rows, spec.cols, spec.acc_dtype), "extent")
+    packed = sum(n in ("weights", "indices", "init") for n in made.param_names)
+    return made.tasks, made.scratch_bytes, packed
+
+
+def _with_pattern(
+    spec: ContractSpec, declared: TensorType, weight: Array | None, target: Target
+) -> tuple[ContractSpec, str]:
+    """The spec with the weight's N:M pattern if the target gains from it, and the reason for the choice."""
+    nm = declared.encoding
+    if weight is None or not isinstance(nm, NM):
+        return spec, "dense weights" if weight is not None else "both operands are computed"
+    label = f"{nm.keep}:{nm.group}"
+    if nm.axis % declared.rank != 1:
+        return spec, f"runs dense: {label} lies along axis {nm.axis}, not along the reduction"
+    sparse = replace(spec, pattern=NM(nm.keep, nm.group, 1))
+    if why := contract.supports(sparse, cast(Isa, target.isa)):
+        return spec, f"runs dense: no {label} kernel here ({why})"
+    gain = target.sparse_gain(spec.input_dtype, nm)
+    if not gain:
+        gain = 0.7 * nm.group / nm.keep  # a generic index stream reaches about this share of the ideal
+    if gain < _PAYS:
+        return spec, f"runs dense: {label} would gain only {gain:.2f}x on {target.name}"
+    return sparse, f"{label} kernel, expected {gain:.2g}x over dense"
+
+
+def _spec_of(body: Graph, root: Node, constants: Mapping[str, Array]) -> ContractSpec | Refused:
+    x, w = (body.types[v] for v in root.inputs[:2])
+    pair = (x.dtype, w.dtype)
+    if pair not in ((U8, S8), (F32, F32)):
+        return Refused(f"no register-tiled kernel for {x.dtype} by {w.dtype}")
+    constant = root.inputs[1] in constants
+    if not constant and isinstance(root.op, (ops.Linear, ops.IntLinear, ops.Conv, ops.IntConv)):
+        return Refused("the weights are computed at run time")
+    if len(root.inputs) > 2 and root.inputs[2] not in constants:
+        return Refused("the bias is computed at run time")
+    element = "u8s8" if x.dtype == U8 else "f32"
+    zero = getattr(root.op, "x_zero", 0)
+    init = element == "u8s8" or len(root.inputs) > 2
+    if isinstance(root.op, (ops.Linear, ops.IntLinear)):
+        rows = math.prod(x.static_shape[:-1])
+        return ContractSpec(element, Matrix(rows, int(w.shape[0]), int(x.shape[-1])), init=init)
+    if isinstance(root.op, (ops.Conv, ops.IntConv)):
+        geometry = _geometry(root.op, x.static_shape, w.static_shape)
+        if isinstance(geometry, Refused):
+            return geometry
+        return ContractSpec(element, geometry, init=init, pad_value=zero if any(geometry.padding) else 0)
+    if isinstance(root.op, ops.MatMul) and element == "f32":
+        return _matmul(root.op, x.static_shape, w.static_shape)
+    return Refused(f"{root.op.spelling} has no register-tiled kernel")
+
+
+def _geometry(op: ops.Conv | ops.IntConv, x: tuple[int, ...], w: tuple[int, ...]) -> Conv | Refused:
+    if not op.channels_last or len(x) != 4:
+        return Refused("only two-dimensional convolutions laid out channels last are tiled")
+    pad = op.padding or (0, 0, 0, 0)
+    return Conv(
+        x[0], x[1], x[2], x[3], w[0], (w[2], w[3]), (op.stride or (1, 1))[:2],  # type: ignore[arg-type]
+        (op.dilation or (1, 1))[:2], (pad[0], pad[1], pad[2], pad[3]), op.groups,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _matmul(op: ops.MatMul, a: tuple[int, ...], b: tuple[int, ...]) -> ContractSpec | Refused:
+    if len(a) < 2 or len(b) < 2:
+        return Refused("a vector operand")
+    cols, depth = (b[-2], b[-1]) if op.transpose_b else (b[-1], b[-2])
+    right = "nk" if op.transpose_b else "kn"
+    if math.prod(b[:-2]) == 1:
+        return ContractSpec("f32", Matrix(math.prod(a[:-1]), cols, depth), right=right)  # type: ignore[arg-type]
+    lead = len(a) - len(b)
+    if a[:-2] != (1,) * lead + b[:-2] and a[:-2] != b[:-2]:
+        return Refused("batch axes that broadcast")
+    return ContractSpec("f32", Matrix(a[-2], cols, depth, math.prod(a[:-2])), right=right)  # type: ignore[arg-type]

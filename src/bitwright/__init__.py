@@ -1,0 +1,52 @@
+"""bitwright: compile neural networks to sparse, low-bit kernels, and see what each pass did.
+
+>>> import bitwright as bw
+>>> issubclass(bw.errors.Unsupported, bw.errors.BitwrightError)
+True
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bitwright.ir import errors
+
+if TYPE_CHECKING:
+    from bitwright.driver import capture, compile, load, load_graph, load_onnx, optimize
+    from bitwright.ir.graph import Graph
+    from bitwright.ir.target import Target
+    from bitwright.runtime.program import Program
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    **{n: "bitwright.driver" for n in ("capture", "compile", "load", "load_graph", "load_onnx", "optimize")},
+    "Graph": "bitwright.ir.graph",
+    "Target": "bitwright.ir.target",
+    "Program": "bitwright.runtime.program",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are first used: ``import bitwright`` itself loads no torch, onnx or TVM."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        value = getattr(import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
+
+
+__all__ = [
+    "Graph",
+    "Program",
+    "Target",
+    "capture",
+    "compile",
+    "errors",
+    "load",
+    "load_graph",
+    "load_onnx",
+    "optimize",
+]

@@ -1,0 +1,264 @@
+"""One compilation from graph to program: passes, kernels, artifact, report."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitwright.codegen.build import Built, Kernel, build, nbytes_of
+from bitwright.codegen.cache import Cache
+from bitwright.codegen.cost import cost_of, macs
+from bitwright.codegen.targets.machine import cpu_name
+from bitwright.ir import ops
+from bitwright.ir.batch import why_not_separable
+from bitwright.ir.errors import InvalidInput, Problem, Unsupported
+from bitwright.ir.graph import Graph
+from bitwright.ir.infer import bind_graph
+from bitwright.ir.patterns import density
+from bitwright.ir.target import Target
+from bitwright.ir.text import show
+from bitwright.ir.types import symbols_of
+from bitwright.runtime.artifact import Contents
+from bitwright.runtime.manifest import Manifest, StepRow, TensorSpec
+from bitwright.runtime.program import Program
+from bitwright.runtime.report import Formats, Layer, PassRow, Refusal, Report
+
+Progress = Callable[[str, float], None]
+_DIFF_LIMIT = 100_000
+
+
+def assemble(
+    graph: Graph,
+    target: Target,
+    recipe: Any,
+    calibration: Sequence[Any],
+    *,
+    threads: int = 1,
+    batch: int = 1,
+    dump: str | Path | None = None,
+    cache: Cache | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    measure: bool = False,
+    began: float = 0.0,
+) -> Program:
+    """Compile ``graph`` for ``target``; see :func:`bitwright.compile` for the arguments and errors."""
+    from bitwright.driver import lower
+    from bitwright.errors_by_layer import layer_errors
+
+    symbol, notes = batch_symbol(graph, batch)
+    calibration = fit_batches(graph, calibration)
+    quantized: dict[str, Graph] = {}
+    lowered, passes, context, diffs = lower(
+        graph, recipe, target, calibration, dump=dump, progress=progress, keep=quantized
+    )
+    sizes = dict.fromkeys(graph.symbols, batch)
+    bound = bind_graph(lowered, sizes) if sizes else lowered
+    _refuse_empty(bound)
+    rows = batch if symbol else 1
+    row_bytes = [_row_bytes(t, rows) if symbol else 0 for t in _port_types(bound)]
+    split = len(bound.inputs)
+    built = build(
+        bound, target, rows=rows, row_inputs=row_bytes[:split], row_outputs=row_bytes[split:],
+        cache=cache, workers=workers, progress=progress,
+    )  # fmt: skip
+    errors = layer_errors(graph, quantized.get("quantized"), calibration) if quantized else {}
+    report = _report(graph, target, built, passes, context, diffs, errors)
+    report.notes += [*notes, *built.notes]
+    report.figures = {
+        "compile_seconds": time.perf_counter() - began if began else None,
+        "kernels_compiled": float(built.compiled),
+        "kernels": float(len(built.kernels)),
+        "arena_bytes": float(built.plan.arena_bytes),
+        "arena_bound_bytes": float(built.plan.bound_bytes),
+        "weight_bytes": float(built.plan.weights_bytes),
+        "predicted_seconds": float(sum(x.predicted_seconds or 0.0 for x in report.layers)),
+    }
+    manifest = _manifest(graph, bound, target, built, symbol, rows, threads)
+    contents = Contents(manifest, show(built.graph), built.library, built.weights, report.to_json())
+    program = Program(contents, threads=threads)
+    return with_measured(program, example_inputs(program, calibration)) if measure else program
+
+
+def batch_symbol(graph: Graph, batch: int) -> tuple[str, list[str]]:
+    """The symbol that any number of rows may be passed for, and notes on what was fixed instead.
+
+    Raises :class:`InvalidInput` when sizes other than the batch are symbolic.
+    """
+    if batch < 1:
+        raise InvalidInput(f"batch must be at least 1, not {batch}")
+    symbols = graph.symbols
+    if not symbols:
+        return "", []
+    first = next((s for v in graph.inputs if v.type.shape for s in symbols_of(v.type.shape[0])), symbols[0])
+    if rest := [s for s in symbols if s != first]:
+        raise InvalidInput(
+            f"symbolic size{'s' if len(rest) > 1 else ''} {', '.join(map(repr, rest))} must be fixed to compile: "
+            f"pass sizes={{{', '.join(f'{s!r}: ...' for s in rest)}}}"
+        )
+    if why := why_not_separable(graph, first):
+        return "", [f"the batch is fixed to {batch}: {why}"]
+    return first, []
+
+
+def _refuse_empty(graph: Graph) -> None:
+    empty = [(n, t) for n, t in graph.types.items() if t.is_static and t.size == 0]
+    if empty:
+        name, t = empty[0]
+        node = graph.producers.get(name)
+        place = node.origin or name if node else name
+        raise Unsupported(Problem("empty tensor", place, f"%{name} has no elements: {t}", "give it a size above zero"))
+
+
+def fit_batches(graph: Graph, calibration: Sequence[Any]) -> list[Any]:
+    """Calibration batches cut to the graph's fixed batch where their first axis is a multiple of it."""
+    out: list[Any] = []
+    names = [v.name for v in graph.inputs]
+    for b in calibration:
+        arrays = [b[n] for n in names if n in b] if isinstance(b, dict) else list(b)
+        if len(arrays) != len(names):
+            given = sorted(b) if isinstance(b, dict) else f"{len(arrays)} arrays"
+            raise InvalidInput(f"a calibration batch needs inputs {names}, got {given}")
+        arrays = [
+            _convert(np.asarray(a), v.type.dtype.numpy, v.name) for a, v in zip(arrays, graph.inputs, strict=True)
+        ]
+        out += _cut(graph, arrays)
+    return out
+
+
+def _convert(a: np.ndarray[Any, Any], want: np.dtype[Any], name: str) -> np.ndarray[Any, Any]:
+    if a.dtype.kind == "f" and not np.isfinite(a).all():
+        raise InvalidInput(f"calibration data for input {name!r} contains NaN or infinity")
+    return a if a.dtype == want else a.astype(want)
+
+
+def _cut(graph: Graph, arrays: list[np.ndarray[Any, Any]]) -> list[Any]:
+    fixed = [v.type.shape[0] if v.type.shape else 0 for v in graph.inputs]
+    if any(not isinstance(f, int) or f == 0 for f in fixed):
+        return [tuple(arrays)]
+    counts = {a.shape[0] // int(f) for a, f in zip(arrays, fixed, strict=True) if a.ndim and a.shape[0] % int(f) == 0}
+    if len(counts) != 1 or (n := counts.pop()) <= 1:
+        return [tuple(arrays)]
+    return [tuple(a[i * int(f) : (i + 1) * int(f)] for a, f in zip(arrays, fixed, strict=True)) for i in range(n)]
+
+
+def _port_types(graph: Graph) -> list[Any]:
+    return [*(v.type for v in graph.inputs), *(graph.types[o] for o in graph.outputs)]
+
+
+def _row_bytes(t: Any, rows: int) -> int:
+    return nbytes_of(t) // rows
+
+
+def _manifest(
+    graph: Graph, bound: Graph, target: Target, built: Built, symbol: str, rows: int, threads: int
+) -> Manifest:
+    import bitwright
+
+    ports = graph if symbol else bound
+    inputs = tuple(TensorSpec(name=v.name, dtype=str(v.type.dtype), shape=v.type.shape) for v in ports.inputs)
+    outputs = tuple(
+        TensorSpec(name=n, dtype=str(ports.types[o].dtype), shape=ports.types[o].shape)
+        for n, o in zip(ports.output_names, ports.outputs, strict=True)
+    )
+    steps = tuple(StepRow(label=s.label, kernel=s.kernel_symbol, rows=rows) for s in built.plan.steps)
+    return Manifest(
+        name=graph.name, target=target.name, arch="x86_64", inputs=inputs, outputs=outputs, batch=symbol,
+        chunks=(rows,), arena_bytes=built.plan.arena_bytes, scratch_bytes=built.plan.scratch_bytes,
+        weights_bytes=built.plan.weights_bytes, threads=threads, features=target.features,
+        versions={"bitwright": bitwright.__version__, "python": platform.python_version()}, steps=steps,
+    )  # fmt: skip
+
+
+def _report(
+    graph: Graph, target: Target, built: Built, passes: Any, context: Any, diffs: Any, errors: dict[str, float]
+) -> Report:
+    import bitwright
+
+    text = dict(diffs.diffs)
+    rows = [
+        PassRow(
+            index=r.index, name=r.name, options=r.options, seconds=r.seconds, nodes_before=r.nodes_before,
+            nodes_after=r.nodes_after, changed=r.changed, notes=list(r.notes), error=r.output_error,
+            diff=text.get(f"{r.name}{r.options}", text.get(r.name, ""))[:_DIFF_LIMIT],
+        )
+        for r in passes.rows
+    ]  # fmt: skip
+    remarks: dict[str, list[str]] = {}
+    for name, place, facts in passes.remarks:
+        remarks.setdefault(place, []).append(f"{name}: " + ", ".join(f"{k} {_short(v)}" for k, v in facts.items()))
+    layers = [_layer(k, built.graph, target, errors, remarks) for k in built.kernels]
+    seen = [Refusal(pass_name=r.pass_name, place=r.place, reason=r.reason, cure=r.cure) for r in passes.refusals]
+    return Report(
+        model=graph.name, target=target.name, layers=layers, passes=rows, refusals=seen,
+        machine={"cpu": cpu_name(), "isa": target.isa, "source": target.source},
+        versions={"bitwright": bitwright.__version__},
+    )  # fmt: skip
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _layer(k: Kernel, graph: Graph, target: Target, errors: dict[str, float], remarks: dict[str, list[str]]) -> Layer:
+    """The report row of one kernel."""
+    assert isinstance(k.node.op, ops.Region)
+    body = k.node.op.body
+    root = next((n for n in body.nodes if macs(n, body)), None)
+    heads = [n for n in body.nodes if not isinstance(n.op, ops.Constant)]
+    label = "+".join(dict.fromkeys(n.op.spelling for n in heads))
+    cost = cost_of(body, target, generic=k.template == "generic", sparse="dense" not in k.reason)
+    formats, pattern, kept = Formats(out=str(body.types[body.outputs[0]].dtype)), "", None
+    notes = [f"{t}: {why}" for t, why in k.refused if t == "contract" and root is not None]
+    origin = k.node.origin or next((n.origin for n in heads if n.origin), "")
+    if root is not None:
+        w = body.types[root.inputs[1]]
+        formats = Formats(
+            x=str(body.types[root.inputs[0]].dtype), w=str(w.dtype), acc=str(root.type.dtype), out=formats.out
+        )
+        pattern, origin = str(w.encoding or ""), root.origin or origin
+        array = graph.constant(k.node.inputs[[v.name for v in body.inputs].index(root.inputs[1])]) if root.inputs[1] in {
+            v.name for v in body.inputs} else None  # fmt: skip
+        kept = density(array) if isinstance(array, np.ndarray) else None
+    for n in heads:
+        for key in (n.output, n.origin, *(i for i in n.inputs)):
+            notes += [r for r in remarks.get(key, []) if r not in notes] if key else []
+    error = next((errors[o] for n in heads for o in n.outputs if o in errors), None)
+    return Layer(
+        name=k.node.output, op=label, origin=origin, shape=k.node.type.shape, formats=formats, pattern=pattern,
+        density=kept, kernel=k.template, reason=k.reason, bytes=cost.bytes, operations=cost.operations,
+        predicted_seconds=cost.seconds, error=error, notes=notes,
+    )  # fmt: skip
+
+
+def example_inputs(program: Program, calibration: Sequence[Any] = ()) -> list[np.ndarray[Any, Any]]:
+    """Inputs to measure a program with: the first calibration batch, or seeded random values."""
+    if calibration:
+        first = calibration[0]
+        values = [first[n] for n in program.input_names] if isinstance(first, dict) else list(first)
+        return [np.ascontiguousarray(v) for v in values]
+    from bitwright.ir.types import parse_dtype
+
+    rng = np.random.default_rng(0)
+    out = []
+    for t in program.inputs:
+        rows = program.manifest.chunks[0]
+        shape = tuple(d if isinstance(d, int) else t.factor * rows for d in t.shape)
+        dtype = parse_dtype(t.dtype).numpy
+        values = rng.standard_normal(shape) if dtype.kind not in "iub" else rng.integers(0, 2, shape)
+        out.append(np.asarray(values).astype(dtype))
+    return out
+
+
+def with_measured(program: Program, inputs: Sequence[Any], repeats: int = 20) -> Program:
+    """The program with measured seconds per layer in its report (median over ``repeats`` calls)."""
+    times = {s.label: s.seconds for s in program.profile(*inputs, repeats=repeats)}
+    report = program.report.with_seconds(times)
+    contents = program.contents
+    return Program(replace(contents, report=report.to_json()), threads=program.threads)

@@ -1,0 +1,245 @@
+"""Puts the parts together: capture, passes, code generation, program. Knows everyone, contains no algorithm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitwright.codegen.cache import Cache
+from bitwright.codegen.targets import resolve
+from bitwright.ir.errors import InvalidInput
+from bitwright.ir.graph import Graph
+from bitwright.ir.infer import bind_graph
+from bitwright.ir.target import Target
+from bitwright.runtime.program import Program
+
+Progress = Callable[[str, float], None]
+Recipe = str | Iterable[Any]
+
+
+def capture(module: Any, example_inputs: Any = None, **options: Any) -> Graph:
+    """Capture a ``torch.nn.Module`` (with example inputs) or an ``ExportedProgram``; see ``frontends.torch_export``."""
+    from bitwright.frontends.torch_export import capture as torch_capture
+
+    return torch_capture(module, example_inputs, **options)
+
+
+def load_onnx(model: Any, **options: Any) -> Graph:
+    """Read an ONNX model from a path or a ``ModelProto``; see ``frontends.onnx``."""
+    from bitwright.frontends.onnx import load_onnx as onnx_load
+
+    return onnx_load(model, **options)
+
+
+def load(path: str | Path, *, threads: int | None = None) -> Program:
+    """Load a compiled ``.bw`` program. It holds native code: trust it as you would a program."""
+    return Program.load(path, threads=threads)
+
+
+def load_graph(path: str | Path, weights: str | Path | None = None) -> Graph:
+    """Read a text graph; its weights from ``weights`` or from the ``.safetensors`` file of the same stem."""
+    from bitwright.ir.text import parse
+    from bitwright.ir.weights import Weights
+
+    path = Path(path)
+    side = Path(weights) if weights else path.with_suffix(".safetensors")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InvalidInput(f"cannot read {path}: {e}") from e
+    return parse(text, Weights.load(side) if side.exists() else None)
+
+
+def to_graph(model: Any, example_inputs: Any = None) -> Graph:
+    """A graph from whatever the user has: a graph, a module, an exported program, ONNX or text-graph path."""
+    if isinstance(model, Graph):
+        return model
+    if isinstance(model, str | Path):
+        path = Path(model)
+        if not path.exists():
+            raise InvalidInput(f"there is no file {path}")
+        if path.suffix in (".bw-ir", ".bwir"):
+            return load_graph(path)
+        if path.suffix == ".bw":
+            raise InvalidInput(f"{path} is already compiled; load it with bitwright.load")
+        return load_onnx(path)
+    if type(model).__name__ == "ModelProto":
+        return load_onnx(model)
+    return capture(model, example_inputs)
+
+
+def batches(calibration: Any) -> list[Any]:
+    """Calibration data as a list of batches: an iterable of inputs, a ``.npz``/``.npy`` file or folder of them, or a
+    torch DataLoader. An entry is an array (one input), a tuple in input order, or a mapping by input name."""
+    if calibration is None:
+        return []
+    if isinstance(calibration, str | Path):
+        return _from_files(Path(calibration))
+    if isinstance(calibration, np.ndarray) or hasattr(calibration, "detach"):
+        return [(_array(calibration),)]
+    if isinstance(calibration, Mapping):
+        return [{k: _array(v) for k, v in calibration.items()}]
+    return [_batch(b) for b in calibration]
+
+
+def _array(value: Any) -> np.ndarray[Any, Any]:
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    return np.asarray(value)
+
+
+def _batch(b: Any) -> Any:
+    if isinstance(b, Mapping):
+        return {k: _array(v) for k, v in b.items()}
+    return tuple(_array(v) for v in b) if isinstance(b, tuple | list) else (_array(b),)
+
+
+def _from_files(path: Path) -> list[Any]:
+    if not path.exists():
+        raise InvalidInput(f"there is no calibration file or folder {path}")
+    files = sorted(p for p in path.iterdir() if p.suffix in (".npz", ".npy")) if path.is_dir() else [path]
+    if not files:
+        raise InvalidInput(f"{path} holds no .npz or .npy file")
+    out = []
+    for file in files:
+        try:
+            data = np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as e:
+            raise InvalidInput(f"{file} is not a readable NumPy file: {e}") from e
+        out.append({k: data[k] for k in data.files} if hasattr(data, "files") else (data,))
+    return out
+
+
+def optimize(
+    graph: Graph,
+    passes: Any,
+    *,
+    target: str | Target | None = None,
+    calibration: Any = None,
+    stop_after: int | str | None = None,
+    dump: str | Path | None = None,
+    bisect: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Graph, Any]:
+    """Run passes (text or values) over a graph as they stand; returns the graph and the pipeline's report."""
+    from bitwright.passes._instruments import Dump
+    from bitwright.passes._manager import run_pipeline
+    from bitwright.passes._pass import Context
+    from bitwright.passes._spec import parse_passes
+
+    machine = resolve(target) if target is not None else None
+    context = Context(machine, batches(calibration), progress)
+    listed = parse_passes(passes) if isinstance(passes, str) else tuple(passes)
+    instruments = [Dump(Path(dump))] if dump else []
+    return run_pipeline(graph, listed, context, instruments=instruments, stop_after=stop_after, bisect_limit=bisect)
+
+
+def lower(
+    graph: Graph,
+    recipe: Recipe,
+    target: Target,
+    calibration: Any = None,
+    *,
+    dump: str | Path | None = None,
+    progress: Progress | None = None,
+    keep: dict[str, Graph] | None = None,
+) -> tuple[Graph, Any, Any, Any]:
+    """The standard pipeline down to the kernel level; returns graph, report, context and the diffs.
+
+    ``keep["quantized"]`` receives the last graph-level form, before integers replace its float meaning.
+    """
+    from bitwright.passes._instruments import Diff, Dump
+    from bitwright.passes._manager import run_pipeline
+    from bitwright.passes._pass import Context
+    from bitwright.passes.lowering.channels_last import ChannelsLast
+    from bitwright.passes.lowering.fold_views import FoldViews
+    from bitwright.passes.lowering.fuse import Fuse
+    from bitwright.passes.pipelines import standard
+
+    context = Context(target, batches(calibration), progress)
+    pipeline = standard(recipe) + (ChannelsLast(), FoldViews(), Fuse())
+    diff = Diff()
+    instruments: list[Any] = [diff, *([Dump(Path(dump))] if dump else [])]
+    if keep is not None:
+        instruments.append(_KeepBefore("lower-to-integer", "quantized", keep))
+    lowered, report = run_pipeline(graph, pipeline, context, instruments=instruments)
+    return lowered, report, context, diff
+
+
+class _KeepBefore:
+    """An instrument that keeps the graph a pass was given."""
+
+    def __init__(self, name: str, key: str, into: dict[str, Graph]) -> None:
+        self.name, self.key, self.into = name, key, into
+
+    def begin(self, graph: Graph) -> None:
+        pass
+
+    def before(self, index: int, p: Any, graph: Graph) -> None:
+        if p.name == self.name:
+            self.into[self.key] = graph
+
+    def after(self, index: int, p: Any, before: Graph, after: Graph, changed: bool, seconds: float) -> None:
+        pass
+
+
+def compile(
+    model: Any,
+    *,
+    target: str | Target = "host",
+    recipe: Recipe = "float",
+    calibration: Any = None,
+    example_inputs: Any = None,
+    threads: int = 1,
+    batch: int = 1,
+    sizes: Mapping[str, int] | None = None,
+    dump: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    measure: bool = False,
+) -> Program:
+    """Compile a model into a :class:`Program`.
+
+    ``model``: ``torch.nn.Module`` (with ``example_inputs``), ``ExportedProgram``, :class:`Graph`, ONNX path or
+    ``ModelProto``. ``recipe``: ``"float"``, ``"int8"`` or a pass list such as ``"nm-mask{pattern=2:4}, int8"``.
+    ``calibration``: inputs for passes that need them. ``batch``: rows computed at once of a model with a symbolic
+    batch (any number may be passed to the program); ``sizes`` fixes symbols. Raises :class:`Unsupported` with every
+    problem at once, :class:`InvalidInput` for bad arguments.
+    """
+    from bitwright.assemble import assemble
+
+    if threads < 1:
+        raise InvalidInput(f"threads must be at least 1, not {threads}")
+    began = time.perf_counter()
+    machine = resolve(target)
+    graph = to_graph(model, example_inputs)
+    if sizes:
+        unknown = set(sizes) - set(graph.symbols)
+        if unknown:
+            raise InvalidInput(f"the model has no symbolic size {sorted(unknown)}; it has {list(graph.symbols)}")
+        graph = bind_graph(graph, dict(sizes))
+    return assemble(
+        graph, machine, recipe, batches(calibration), threads=threads, batch=batch, dump=dump,
+        cache=Cache(cache_dir), workers=workers, progress=progress, measure=measure, began=began,
+    )  # fmt: skip
+
+
+__all__ = [
+    "batches",
+    "capture",
+    "compile",
+    "load",
+    "load_graph",
+    "load_onnx",
+    "lower",
+    "optimize",
+    "replace",
+    "to_graph",
+]
+_ = Sequence

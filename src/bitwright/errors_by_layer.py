@@ -1,0 +1,43 @@
+"""Error per layer: the float graph against the quantized one (float meaning), value by value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bitwright.ir import ops
+from bitwright.ir.graph import Graph
+from bitwright.ir.interpret import evaluate
+
+_ROWS = 4
+
+
+def layer_errors(graph: Graph, quantized: Graph | None, calibration: Sequence[Any]) -> dict[str, float]:
+    """Relative RMS error of every value both graphs compute, on a few rows of the first calibration batch.
+
+    The error is what has accumulated up to that value. Empty without calibration data.
+    """
+    if quantized is None or not calibration:
+        return {}
+    batch = calibration[0]
+    if not isinstance(batch, dict) and graph.symbols:
+        batch = tuple(a[:_ROWS] for a in batch)
+    wanted = {o for n in quantized.nodes if not isinstance(n.op, (ops.Weight, ops.Constant)) for o in n.outputs}
+    kept: dict[str, Any] = {}
+
+    def keep(name: str, value: Any) -> None:
+        if name in wanted and value.is_floating_point():
+            kept[name] = value.double()
+
+    evaluate(graph, batch, observe=keep)
+    out: dict[str, float] = {}
+
+    def compare(name: str, value: Any) -> None:
+        want = kept.get(name)
+        if want is not None and want.shape == value.shape and value.is_floating_point():
+            norm = float(want.square().sum())
+            if norm > 0:
+                out[name] = float(((value.double() - want).square().sum() / norm).sqrt())
+
+    evaluate(quantized, batch, observe=compare)
+    return out

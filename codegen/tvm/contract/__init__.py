@@ -15,6 +15,7 @@ from bitwright.codegen.tvm.contract.choose import pairs_are_safe, supports
 from bitwright.codegen.tvm.contract.emit import contraction, emit_packed
 from bitwright.codegen.tvm.contract.epilogue import Epilogue, EpilogueParam, StoreAcc
 from bitwright.codegen.tvm.contract.packing import pack_weights, unpack_weights
+from bitwright.codegen.tvm.contract.runtime_right import emit_runtime_right
 from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, KernelFunc, Knobs, Matrix
 from bitwright.ir.errors import InvalidInput
 
@@ -47,6 +48,8 @@ def pack(
     a group with fewer of them than ``keep`` is filled with zeros, one with more is an :class:`InvalidInput`.
     """
     _check(spec, knobs)
+    if spec.right != "constant":
+        raise InvalidInput("a run-time right operand has nothing to pack")
     if knobs.safe_pairs and not pairs_are_safe(spec, weight):
         raise InvalidInput("these weights can saturate pmaddubsw: use knobs without safe_pairs")
     made = contraction(spec, knobs)
@@ -68,6 +71,8 @@ def unpack(spec: ContractSpec, knobs: Knobs, arrays: list[Array]) -> tuple[Array
 def emit(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str) -> KernelFunc:
     """The kernel ``void name(begin, end, x, [right], constants..., epilogue operands..., outputs..., [scratch])``."""
     _check(spec, knobs)
+    if spec.right != "constant":
+        return emit_runtime_right(spec, knobs, epilogue, name)
     return emit_packed(spec, knobs, epilogue, name)
 
 

@@ -11,22 +11,26 @@ from numpy.typing import NDArray
 from bitwright.codegen.tvm.contract.engine import engine_of
 from bitwright.codegen.tvm.contract.packing import to_runs
 from bitwright.codegen.tvm.contract.plan import Plan, plan_of
-from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, Isa, Knobs, Matrix, image_of
+from bitwright.codegen.tvm.contract.spec import LANES, ContractSpec, Conv, Isa, Knobs, Matrix, image_of
 
 TASKS = 32
 """Tasks a kernel should offer, so that a few threads can share it evenly."""
 
 _TILES = {  # (rows, vectors) of the register tile: dense, sparse
     ("u8s8", "avx512-vnni"): ((4, 4), (4, 4)),
-    ("u8s8", "avx-vnni"): ((6, 2), (4, 2)),
-    ("u8s8", "avx2"): ((2, 4), (2, 4)),
+    ("u8s8", "avx-vnni"): ((3, 4), (2, 4)),
+    ("u8s8", "avx2"): ((4, 2), (4, 2)),
     ("u8s8", "portable"): ((2, 2), (2, 1)),
     ("f32", "avx512-vnni"): ((4, 4), (4, 4)),
-    ("f32", "avx-vnni"): ((6, 2), (4, 2)),
-    ("f32", "avx2"): ((6, 2), (4, 2)),
+    ("f32", "avx-vnni"): ((4, 3), (2, 4)),
+    ("f32", "avx2"): ((4, 3), (2, 4)),
     ("f32", "portable"): ((2, 2), (2, 1)),
 }
-_SAFE_PAIRS_TILE = (4, 2)
+_SAFE_PAIRS_TILE = (2, 4)
+REPACK_ROWS = 64
+"""Rows that pay for packing a panel of a run-time operand once more."""
+COMPACT_ROWS = 2
+"""Up to so many rows a kernel only streams weights: then bytes count more than instructions."""
 
 
 def supports(spec: ContractSpec, isa: Isa) -> str | None:
@@ -39,7 +43,7 @@ def supports(spec: ContractSpec, isa: Isa) -> str | None:
         return too_large
     if spec.element == "u8s8" and not 0 <= spec.pad_value <= 255:
         return f"pad value {spec.pad_value} is no u8"
-    engine = engine_of(spec, isa)
+    engine = engine_of(spec, Knobs(isa, 1, 1))
     plan = plan_of(spec, engine.quad, engine.selector)
     return None if isinstance(plan, Plan) else plan
 
@@ -85,7 +89,7 @@ def default_knobs(spec: ContractSpec, isa: Isa, weight: NDArray[Any] | None = No
     """The register tile to start from. ``weight`` lets AVX2 use pmaddubsw where that is proven exact."""
     safe = isa == "avx2" and spec.element == "u8s8" and weight is not None and pairs_are_safe(spec, weight)
     rows, vectors = _SAFE_PAIRS_TILE if safe else _TILES[spec.element, isa][1 if spec.pattern else 0]
-    lanes = 16 if isa == "avx512-vnni" else 8
+    lanes = LANES[isa]
     if isa == "avx512-vnni":
         rows, vectors = _fit_512(spec, rows, vectors)
     needed = ceil(spec.cols // spec.groups / lanes)
@@ -93,8 +97,11 @@ def default_knobs(spec: ContractSpec, isa: Isa, weight: NDArray[Any] | None = No
         rows = min(8, rows * vectors // needed)
         vectors = needed
     rows = min(rows, spec.rows)
-    panels = spec.groups * ceil(needed / vectors)
-    return Knobs(isa, rows, vectors, max(1, min(ceil(TASKS / panels), spec.rows // rows)), safe)
+    panels, most = spec.groups * ceil(needed / vectors), spec.rows // rows
+    if spec.right != "constant" and isinstance(spec.geometry, Matrix):
+        rows = min(rows, spec.geometry.rows)
+        panels, most = panels * spec.geometry.batch, spec.geometry.rows // REPACK_ROWS
+    return Knobs(isa, rows, vectors, max(1, min(ceil(TASKS / panels), most)), safe, spec.rows <= COMPACT_ROWS)
 
 
 def _fit_512(spec: ContractSpec, rows: int, vectors: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from math import ceil
 
 from bitwright.codegen.tvm.contract.engine import Engine, engine_of
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
+from bitwright.codegen.tvm.contract.nest import Nest, nest_of
 from bitwright.codegen.tvm.contract.packing import Layout, packed_sizes
 from bitwright.codegen.tvm.contract.padding import emit_padded, padded_elements
 from bitwright.codegen.tvm.contract.plan import Plan, plan_of
@@ -47,40 +48,12 @@ class Contraction:
 
 def contraction(spec: ContractSpec, knobs: Knobs) -> Contraction:
     """Resolve engine, plan and layout; raises when the pattern has no plan."""
-    engine = engine_of(spec, knobs.isa, knobs.safe_pairs)
+    engine = engine_of(spec, knobs)
     plan = plan_of(spec, engine.quad, engine.selector)
     if isinstance(plan, str):
         raise InvalidInput(plan)
     layout = Layout(engine.lanes, knobs.vectors, engine.index_dtype, engine.index_quad)
     return Contraction(spec, knobs, engine, plan, layout)
-
-
-@dataclass(frozen=True)
-class _Nest:
-    """Static sizes of the task loop."""
-
-    rows: int
-    tile: int
-    blocks: int
-
-    @property
-    def tiles(self) -> int:
-        return self.rows // self.tile
-
-    @property
-    def rest(self) -> int:
-        return self.rows % self.tile
-
-    @property
-    def per_block(self) -> int:
-        return ceil(self.tiles / self.blocks)
-
-
-def nest_of(spec: ContractSpec, knobs: Knobs) -> _Nest:
-    tile = min(knobs.rows, spec.rows)
-    tiles = spec.rows // tile
-    per_block = ceil(tiles / max(1, min(knobs.row_blocks, tiles)))
-    return _Nest(spec.rows, tile, ceil(tiles / per_block))
 
 
 def emit_packed(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str) -> KernelFunc:
@@ -93,7 +66,7 @@ def emit_packed(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str)
     indices = b.param("indices", made.engine.index_dtype, sizes[1]) if made.plan.sparse else None
     init = b.param("init", spec.acc_dtype, spec.cols) if spec.init else None
     pointers = {p.name: b.param(p.name, p.dtype, p.elements) for p in epilogue.params}
-    nest, geometry, scratch = nest_of(spec, knobs), spec.geometry, 0
+    nest, geometry, scratch = nest_of(spec.rows, knobs), spec.geometry, 0
     if isinstance(geometry, Conv) and image_of(geometry).copied:
         scratch = padded_elements(geometry, image_of(geometry)) * width(spec.input_dtype) + 64
         padded = b.view(b.scratch(scratch), spec.input_dtype)
@@ -110,7 +83,7 @@ def emit_packed(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str)
     return KernelFunc(b.finish(), name, tasks, scratch, b.param_names)
 
 
-def _rows_needed(b: Builder, conv: Conv, image: Image, nest: _Nest) -> tuple[Index, Index]:
+def _rows_needed(b: Builder, conv: Conv, image: Image, nest: Nest) -> tuple[Index, Index]:
     """The padded rows that tasks [begin, end) read: part of the images if they share one panel, else all."""
     everything, (oh, ow) = conv.batch * image.height, conv.output
     if nest.blocks == 1:
@@ -133,7 +106,7 @@ def _rows_needed(b: Builder, conv: Conv, image: Image, nest: _Nest) -> tuple[Ind
 class _Emitter:
     made: Contraction
     writer: TileWriter
-    nest: _Nest
+    nest: Nest
 
     def task(self, task: Index) -> None:
         """All tiles of one panel and one block of rows."""
@@ -154,13 +127,10 @@ class _Emitter:
                 self._panel(group, whole, block, vectors, self.made.group_cols - first)
 
     def _panel(self, group: Index, panel: Index, block: Index, vectors: int, cols: int) -> None:
-        b, nest = self.writer.b, self.nest
-        first = block * nest.per_block
-        with b.loop(minimum(first + nest.per_block, nest.tiles), first, name="tile") as tile:
-            self._tile(group, panel, b.index(tile * nest.tile), nest.tile, vectors, cols)
-        if nest.rest:
-            with b.when(block == nest.blocks - 1):
-                self._tile(group, panel, nest.tiles * nest.tile, nest.rest, vectors, cols)
+        def tile(row: Index, rows: int) -> None:
+            self._tile(group, panel, row, rows, vectors, cols)
+
+        self.nest.emit(self.writer.b, block, tile)
 
     def _tile(self, group: Index, panel: Index, row: Index, rows: int, vectors: int, cols: int) -> None:
         b, made = self.writer.b, self.made

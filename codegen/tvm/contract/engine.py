@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bitwright.codegen.instructions import x86
 from bitwright.codegen.instructions.core import Instruction
 from bitwright.codegen.tvm.contract.plan import Plan, Selector, Step
-from bitwright.codegen.tvm.contract.spec import ContractSpec, Isa
+from bitwright.codegen.tvm.contract.spec import LANES, ContractSpec, Knobs
 from bitwright.codegen.tvm.spelling import call
 from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, concat, const, constants, fma
 from bitwright.ir.types import F32, S16, S32, S64, U8, U16, U32, DType
@@ -185,9 +185,9 @@ class GenericFma(Generic):
         return fma(a[0], w[0], acc)
 
 
-_PACKED_BYTES = {"bits": (2, 4, 8), "word": 8}
-_BYTES_512 = Selector((8, 64), True, **_PACKED_BYTES)  # type: ignore[arg-type]
-_BYTES_256 = Selector((8, 16), False, **_PACKED_BYTES)  # type: ignore[arg-type]
+_BYTES_512 = Selector((8, 64), True, (2, 4, 8), 8)
+_BYTES_256 = Selector((8, 16), False, (8,), 8, in_window=True)
+_BYTES_256_COMPACT = Selector((8, 16), False, (2, 4), 8)
 _ANY = Selector((64,), False, (8,), 8, in_window=True)
 
 
@@ -195,26 +195,27 @@ def _floats(lanes: int, permute: Instruction) -> Floats:
     return Floats(lanes, 1, Selector((lanes,), False, (4,), 32, in_window=True), F32, S32, 1, permute)
 
 
-_VNNI_512 = DotBytes(16, 4, _BYTES_512, S32, U8, 4, x86.VPERMB_512, x86.VPDPBUSD_512)
-_VNNI_256 = DotBytes(8, 4, _BYTES_256, S32, U8, 4, x86.VPSHUFB_256, x86.VPDPBUSD_256)
-_PAIRS_256 = PairBytes(8, 4, _BYTES_256, S32, U8, 4, x86.VPSHUFB_256)
-_WIDE_256 = WideBytes(8, 4, _BYTES_256, S32, U8, 4, x86.VPSHUFB_256)
 _FLOATS_512 = _floats(16, x86.VPERMPS_512)
 _FLOATS_256 = _floats(8, x86.VPERMPS_256)
 
 
-def engine_of(spec: ContractSpec, isa: Isa, safe_pairs: bool = False) -> Engine:
-    """The engine of a contraction on an instruction-set level."""
-    lanes = 16 if isa == "avx512-vnni" else 8
-    if isa == "portable":
-        acc = S32 if spec.element == "u8s8" else F32
-        return Generic(lanes, 1, _ANY, acc, U8, 1)
+def engine_of(spec: ContractSpec, knobs: Knobs) -> Engine:
+    """The engine of a contraction under these knobs."""
+    lanes = LANES[knobs.isa]
+    if knobs.isa == "portable":
+        return Generic(lanes, 1, _ANY, spec.acc_dtype, U8, 1)
     if spec.element == "f32":
         if spec.sparsity and spec.sparsity[1] > lanes:
             return GenericFma(lanes, 1, _ANY, F32, U8, 1)
-        return _FLOATS_512 if isa == "avx512-vnni" else _FLOATS_256
-    if isa == "avx512-vnni":
-        return _VNNI_512
-    if isa == "avx-vnni":
-        return _VNNI_256
-    return _PAIRS_256 if safe_pairs else _WIDE_256
+        return _FLOATS_512 if lanes == 16 else _FLOATS_256
+    return _bytes(knobs)
+
+
+def _bytes(knobs: Knobs) -> Engine:
+    if knobs.isa == "avx512-vnni":
+        return DotBytes(16, 4, _BYTES_512, S32, U8, 4, x86.VPERMB_512, x86.VPDPBUSD_512)
+    selector = _BYTES_256_COMPACT if knobs.compact else _BYTES_256
+    if knobs.isa == "avx-vnni":
+        return DotBytes(8, 4, selector, S32, U8, 4, x86.VPSHUFB_256, x86.VPDPBUSD_256)
+    kind = PairBytes if knobs.safe_pairs else WideBytes
+    return kind(8, 4, selector, S32, U8, 4, x86.VPSHUFB_256)

@@ -12,6 +12,8 @@ Element = Literal["u8s8", "f32"]
 Isa = Literal["avx512-vnni", "avx-vnni", "avx2", "portable"]
 Right = Literal["constant", "kn", "nk"]
 ISAS: tuple[Isa, ...] = get_args(Isa)
+LANES: dict[Isa, int] = {isa: 16 if isa == "avx512-vnni" else 8 for isa in ISAS}
+"""Accumulators (32 bits) per vector."""
 
 
 def _positive(what: object, **sizes: int) -> None:
@@ -168,8 +170,8 @@ class Knobs:
     """The register tile and how products are formed.
 
     ``rows`` x ``vectors`` accumulators; ``row_blocks``: tasks that share a weight panel; ``safe_pairs``: the
-    weights are proven not to saturate pmaddubsw; ``prefetch``: fetch the next weight panel during this one.
-    ``rows`` and ``row_blocks`` do not change the packed weights, the others do.
+    weights are proven not to saturate pmaddubsw; ``compact``: pack byte indices in time on 256-bit vectors too
+    (fewer bytes to stream, more instructions). ``rows`` and ``row_blocks`` do not change the packed weights.
     """
 
     isa: Isa
@@ -177,7 +179,7 @@ class Knobs:
     vectors: int
     row_blocks: int = 1
     safe_pairs: bool = False
-    prefetch: bool = False
+    compact: bool = False
 
 
 @dataclass(frozen=True, slots=True)

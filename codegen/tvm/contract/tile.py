@@ -136,8 +136,15 @@ class _Tile:
                 self._select_step(step, windows, here)
 
     def _dense_step(self, at: Cursor) -> None:
-        engine, b = self.writer.engine, self.writer.b
-        a = [engine.broadcast(b, self.writer.streams.x, i) for i in at.x]
+        engine, b, x = self.writer.engine, self.writer.b, self.writer.streams.x
+        if self.place.vectors < len(at.x):  # hold the fewer operands in registers
+            held = [self._weights(at, j) for j in range(self.place.vectors)]
+            for i, where in enumerate(at.x):
+                activation = engine.broadcast(b, x, where)
+                for j, w in enumerate(held):
+                    self._mac(i, j, activation, w)
+            return
+        a = [engine.broadcast(b, x, i) for i in at.x]
         for j in range(self.place.vectors):
             w = self._weights(at, j)
             for i, operand in enumerate(a):

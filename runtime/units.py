@@ -80,3 +80,12 @@ def percent(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return UNKNOWN
     return f"{100 * value:.0f} %" if value == 0 or abs(value) >= 0.095 else f"{100 * value:.2g} %"
+
+
+def accuracy(value: float) -> str:
+    """A share of right answers, where a tenth of a percent matters.
+
+    >>> accuracy(0.99556)
+    '99.6 %'
+    """
+    return f"{100 * value:.1f} %"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from bitwright.ir.graph import Graph, Level
@@ -21,6 +21,9 @@ class Refusal:
     place: str
     reason: str
     cure: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}" + (f" (to go on: {self.cure})" if self.cure else "")
 
 
 @dataclass
@@ -57,6 +60,24 @@ class Pass:
     gives: ClassVar[Level] = "graph"
     lossy: ClassVar[bool] = False
     """True when outputs may change (the manager then measures by how much, given calibration data)."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Facts (keys of ``Context.facts``) that an earlier pass must have established."""
+    establishes: ClassVar[tuple[str, ...]] = ()
+    """Facts that this pass puts into ``Context.facts``."""
+    source: ClassVar[str] = ""
+    """``path.py:Class`` for a pass loaded from a user's file: its spelling in text instead of the name."""
 
     def run(self, graph: Graph, context: Context) -> Graph:
         raise NotImplementedError
+
+    @property
+    def options(self) -> str:
+        """Options that differ from their default, as text: ``pattern=2:4 only=encoder.*``."""
+        from bitwright.passes._spec import show_option
+
+        changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return " ".join(f"{name.rstrip('_')}={show_option(value)}" for name, value in changed)
+
+    def __str__(self) -> str:
+        head, options = self.source or self.name, self.options
+        return f"{head}{{{options}}}" if options else head

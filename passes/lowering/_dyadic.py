@@ -1,0 +1,149 @@
+"""Dyadic arithmetic: a real factor as a 31-bit multiplier and a shift, and what integer terms are made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitwright.ir import ops
+from bitwright.ir.build import Builder
+from bitwright.ir.graph import Graph, Node
+from bitwright.ir.types import S32, DType, TensorType
+from bitwright.ir.weights import Array
+
+SAFE = 1 << 30
+"""Bound on every s32 intermediate: the sum of two still fits."""
+
+
+def dyadic(factor: Array) -> tuple[Array, Array]:
+    """m and e with factor ~ m / 2^e, 2^30 <= m < 2^31 where e allows (1 <= e <= 62); relative error below 2^-31.
+
+    >>> [int(v) for v in (*dyadic(np.array(0.5)), *dyadic(np.array(3.0)))]
+    [1073741824, 31, 1610612736, 29]
+    """
+    mantissa, exponent = np.frexp(factor.astype(np.float64))
+    m = np.floor(mantissa * (1 << 31) + 0.5).astype(np.int64)
+    e = 31 - exponent.astype(np.int64)
+    e, m = np.where(m == 1 << 31, e - 1, e), np.where(m == 1 << 31, 1 << 30, m)
+    far = np.clip(e - 62, 0, 62)  # below 2^-31 the multiplier loses digits
+    m, e = np.where(far > 0, (m + ((1 << far) >> 1)) >> far, m), np.minimum(e, 62)
+    return m.astype(np.int32), e.astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Term:
+    """An integer tensor that means ``value * scale`` (``zero`` to subtract first), and a bound on |value - zero|."""
+
+    value: str
+    scale: Array
+    """f64: a scalar, or one entry per index of ``axis``."""
+    bound: float
+    axis: int | None = None
+    zero: int = 0
+    bias: Array | None = None
+    """f64, in units of the real value, one entry per index of ``axis``."""
+    lo: float = -math.inf
+    hi: float = math.inf
+    """Clamp on the real value after the bias."""
+
+    def clamped(self, lo: float, hi: float) -> Term:
+        """The term behind one more relu or clamp."""
+        low, high = min(max(self.lo, lo), hi), min(max(self.hi, lo), hi)
+        return Term(self.value, self.scale, self.bound, self.axis, self.zero, self.bias, low, high)
+
+    @property
+    def reach(self) -> float:
+        """Bound on |value * scale| before clamping, bias included."""
+        bias = 0.0 if self.bias is None else float(np.abs(self.bias).max(initial=0.0))
+        return self.bound * float(np.max(self.scale, initial=0.0)) + bias
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where integers land: format, step and zero point."""
+
+    dtype: DType
+    step: float
+    zero: int = 0
+
+    def index(self, real: float) -> int:
+        """The nearest grid point of a real number, within the format."""
+        return int(min(max(round(real / self.step) + self.zero, self.dtype.lo), self.dtype.hi))
+
+
+class Emitter:
+    """Writes integer arithmetic into a builder."""
+
+    def __init__(self, builder: Builder) -> None:
+        self.b = builder
+
+    def integers(self, values: Array, stem: str, origin: str) -> str:
+        """An s32 constant."""
+        a = np.asarray(values)
+        return self.b.constant(a.astype(np.int32), TensorType(S32, a.shape), name=stem, origin=origin)
+
+    def biased(self, t: Term, stem: str, origin: str) -> str | None:
+        """The term's integers with bias added and zero subtracted, as s32; None when that does not fit."""
+        value = t.value
+        if t.zero:
+            value = self.b.emit(ops.Cast(S32), value, name=f"{stem}.wide", origin=origin)
+            zero = self.integers(np.array(t.zero), f"{stem}.zero", origin)
+            value = self.b.emit(ops.Binary("sub"), value, zero, name=f"{stem}.centred", origin=origin)
+        if t.bias is not None and np.any(t.bias):
+            units = np.round(t.bias / t.scale)
+            if not np.isfinite(units).all() or float(np.abs(units).max()) + t.bound >= SAFE:
+                return None
+            shape = self.b.types[t.value].shape
+            assert t.axis is not None
+            column = units.reshape(-1, *[1] * (len(shape) - 1 - t.axis))
+            bias = self.integers(column, f"{stem}.bias", origin)
+            value = self.b.emit(ops.Binary("add"), value, bias, name=f"{stem}.biased", origin=origin)
+        return value
+
+    def requantize(self, value: str, factor: Array, axis: int | None, to: Grid, name: str, origin: str) -> str | None:
+        """value * factor on a grid; None when the factor is not below 2^30."""
+        factor = np.asarray(factor, np.float64)
+        if not np.isfinite(factor).all() or float(factor.max(initial=0.0)) >= SAFE:
+            return None
+        (m, e), stem = dyadic(factor), name.removesuffix(".free")
+        multiplier = self.integers(m, f"{stem}.multiplier", origin)
+        shift = self.integers(e, f"{stem}.shift", origin)
+        op = ops.Requantize(to.dtype, to.zero, axis if factor.ndim else None)
+        return self.b.emit(op, value, multiplier, shift, name=name, origin=origin)
+
+    def bounds(self, lo: float, hi: float, to: Grid) -> tuple[int | None, int | None]:
+        """Real bounds on a grid; None where the format holds them already."""
+        low, high = (None if math.isinf(v) else to.index(v) for v in (lo, hi))
+        return None if low == to.dtype.lo else low, None if high == to.dtype.hi else high
+
+    def land(
+        self, value: str, factor: Array, axis: int | None, to: Grid, limits: tuple[float, float], name: str, origin: str
+    ) -> str | None:
+        """:meth:`requantize`, then the clamp to real bounds if the format leaves any to do."""
+        low, high = self.bounds(*limits, to)
+        if low is None and high is None:
+            return self.requantize(value, factor, axis, to, name, origin)
+        free = self.requantize(value, factor, axis, to, f"{name}.free", origin)
+        return None if free is None else self.b.emit(ops.Saturate(to.dtype, low, high), free, name=name, origin=origin)
+
+    def put(self, t: Term, to: Grid, name: str, origin: str) -> str | None:
+        """A term on a grid: bias, rescale, clamp."""
+        start = self.biased(t, name, origin)
+        if start is None:
+            return None
+        return self.land(start, t.scale / to.step, t.axis, to, (t.lo, t.hi), name, origin)
+
+
+def scalar_quantization(graph: Graph, node: Node) -> tuple[float, int] | None:
+    """Scale and zero point of a per-tensor quantize or dequantize with constant parameters, or None."""
+    op = node.op
+    assert isinstance(op, (ops.Quantize, ops.Dequantize))
+    arrays = [graph.constant(x) for x in node.inputs[1:]]
+    if op.group or any(a is None for a in arrays):
+        return None
+    sizes = [np.asarray(a) for a in arrays]
+    if any(a.size != 1 for a in sizes) or not float(sizes[0].reshape(-1)[0]) > 0:
+        return None
+    return float(sizes[0].reshape(-1)[0]), int(sizes[1].reshape(-1)[0]) if len(sizes) > 1 else 0

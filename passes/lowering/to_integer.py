@@ -1,0 +1,152 @@
+"""From quantize and dequantize around float operators to integer operators with explicit accumulators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from bitwright.ir import ops
+from bitwright.ir.build import Rewriter, rewrite
+from bitwright.ir.graph import Graph, Level, Node
+from bitwright.ir.types import F32
+from bitwright.passes._layers import layer_of
+from bitwright.passes._pass import Context, Pass
+from bitwright.passes.canonical.simplify import Simplify
+from bitwright.passes.lowering._dyadic import Grid, Term, scalar_quantization
+from bitwright.passes.lowering._terms import Reader
+
+_CONTRACTIONS = (ops.Linear, ops.Conv, ops.MatMul)
+_LAYOUT = (
+    ops.Reshape, ops.Transpose, ops.Flip, ops.MaxPool, ops.Concat, ops.Slice, ops.Gather, ops.Expand, ops.Tile,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LowerToInteger(Pass):
+    """Integer contractions with s32 accumulators; bias, relu, residual and the next quantize become dyadic integers.
+
+    before:
+        graph @g (%q: u8[1, 2]) -> (y = %y) level=graph {
+          %sx = constant {values=[0.5]} : f32[]
+          %zx = constant {values=[8]} : u8[]
+          %w = constant {values=[1, 2, -3, 4]} : s8[2, 2]
+          %sw = constant {values=[0.25, 0.5]} : f32[2]
+          %b = constant {values=[1.0, -1.0]} : f32[2]
+          %x = dequantize(%q, %sx, %zx) : f32[1, 2]
+          %wd = dequantize(%w, %sw) {axis=0} : f32[2, 2]
+          %h = linear(%x, %wd, %b) : f32[1, 2]
+          %r = relu(%h) : f32[1, 2]
+          %y = quantize(%r, %sx, %zx) {dtype=u8} : u8[1, 2]
+        }
+    after:
+        graph @g (%q: u8[1, 2]) -> (y = %y) level=integer {
+          %w = constant {values=[1, 2, -3, 4]} : s8[2, 2]
+          %h.acc = int_linear(%q, %w) {x_zero=8} : s32[1, 2]
+          %y.bias = constant {values=[8, -4]} : s32[2]
+          %y.biased = add(%h.acc, %y.bias) : s32[1, 2]
+          %y.multiplier = constant {values=[1073741824, 1073741824]} : s32[2]
+          %y.shift = constant {values=[32, 31]} : s32[2]
+          %y.free = requantize(%y.biased, %y.multiplier, %y.shift) {dtype=u8, zero=8, axis=1} : u8[1, 2]
+          %y = saturate(%y.free) {dtype=u8, lo=8} : u8[1, 2]
+        }
+    """
+
+    name: ClassVar[str] = "lower-to-integer"
+    gives: ClassVar[Level] = "integer"
+    lossy: ClassVar[bool] = True
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        graph = Simplify().run(sink_dequantize(graph), context)
+        rw = Rewriter(graph, "integer")
+        reader = Reader(rw)
+        for node in graph.nodes:
+            if isinstance(node.op, _CONTRACTIONS) and _quantized(graph, node):
+                self._contract(reader, node, context)
+            elif not (isinstance(node.op, ops.Quantize) and _requantize(reader, node)):
+                rw.keep(node)
+        return rw.done()
+
+    def _contract(self, reader: Reader, node: Node, context: Context) -> None:
+        """The integer contraction, and its float form for those that read it as float (dead when nobody does)."""
+        found = reader.contraction(node)
+        if isinstance(found, str):
+            context.refuse(self.name, layer_of(reader.graph, node), f"stays float: {found}")
+            reader.rw.keep(node)
+            return
+        reader.contracted[node.output] = found
+        reader.rw.free(node)
+        reader.rw.replace(node, _as_float(reader, node, found))
+
+
+def _quantized(graph: Graph, node: Node) -> bool:
+    """True when any operand of a contraction is dequantized: then it should become integer, or say why not."""
+    return any(isinstance(graph.producers[x].op, ops.Dequantize) for x in node.inputs[:2] if x in graph.producers)
+
+
+def _as_float(reader: Reader, node: Node, t: Term) -> str:
+    rw = reader.rw
+    scale = rw.constant(np.asarray(t.scale, np.float32), name=f"{node.output}.scale", origin=node.origin)
+    op = ops.Dequantize(axis=t.axis if np.ndim(t.scale) else None)
+    name = node.output if t.bias is None else f"{node.output}.real"
+    value = rw.emit(op, t.value, scale, name=name, origin=node.origin)
+    if t.bias is None:
+        return value
+    assert t.axis is not None
+    column = t.bias.astype(np.float32).reshape(-1, *[1] * (node.type.rank - 1 - t.axis))
+    bias = rw.constant(column, name=f"{node.output}.bias", origin=node.origin)
+    return rw.emit(ops.Binary("add"), value, bias, name=node.output, origin=node.origin)
+
+
+def _requantize(reader: Reader, node: Node) -> bool:
+    """Replace a quantize of integer terms by their integer arithmetic; False leaves it to be kept."""
+    op, found = node.op, scalar_quantization(reader.graph, node)
+    assert isinstance(op, ops.Quantize)
+    if (
+        found is None
+        or not op.dtype.is_integer
+        or op.dtype.bits > 16
+        or reader.graph.types[node.inputs[0]].dtype != F32
+    ):
+        return False
+    reader.rw.free(node)
+    value = reader.quantized(node.inputs[0], Grid(op.dtype, *found), node.output, node.origin)
+    if value is None:
+        return False
+    reader.rw.replace(node, value)
+    return True
+
+
+def sink_dequantize(graph: Graph) -> Graph:
+    """Move dequantize behind layout operators whose operands all share its parameters: the integers are moved."""
+
+    def step(rw: Rewriter, node: Node) -> bool:
+        moved = node.inputs[:1] if isinstance(node.op, ops.Gather) else node.inputs
+        sources = [rw.defined_by.get(x) for x in rw.of(*moved)]
+        low = [s for s in sources if s is not None and isinstance(s.op, ops.Dequantize)]
+        if not isinstance(node.op, _LAYOUT) or len(low) < len(moved) or len(node.outputs) > 1:
+            return False
+        first = low[0]
+        small = all(rw.types[s.inputs[0]].dtype.is_integer and rw.types[s.inputs[0]].dtype.bits <= 16 for s in low)
+        if not small or any(rw.value_of(x) is None or rw.types[x].size != 1 for s in low for x in s.inputs[1:]):
+            return False
+        if any(rw.types[s.inputs[0]].dtype != rw.types[first.inputs[0]].dtype for s in low[1:]):
+            return False
+        if not all(_agree(rw, first, s) for s in low[1:]) or any(s.op.group for s in low):  # type: ignore[attr-defined]
+            return False
+        rest = rw.of(*node.inputs[len(moved) :])
+        low_value = rw.emit(node.op, *(s.inputs[0] for s in low), *rest, name=f"{node.output}.q", origin=node.origin)
+        rw.keep_as(node, ops.Dequantize(), (low_value, *first.inputs[1:]))
+        return True
+
+    return rewrite(graph, step)[0]
+
+
+def _agree(rw: Rewriter, a: Node, b: Node) -> bool:
+    """True when two new per-tensor dequantize nodes have equal constant parameters."""
+    for i in (1, 2):
+        x, y = (rw.value_of(n.inputs[i]) if len(n.inputs) > i else np.zeros(()) for n in (a, b))
+        if x is None or y is None or float(x.reshape(-1)[0]) != float(y.reshape(-1)[0]):
+            return False
+    return True

@@ -1,0 +1,111 @@
+"""Writes quantize and dequantize where a plan wants them; scales and zero points from ranges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from bitwright.ir import ops
+from bitwright.ir.build import Rewriter
+from bitwright.ir.graph import Graph, Node
+from bitwright.ir.types import F32, S8, DType, TensorType
+from bitwright.ir.weights import Array
+from bitwright.passes._layers import stem
+from bitwright.passes.precision._regions import Regions, moved_operands
+
+
+def parameters(lo: float, hi: float, dtype: DType) -> tuple[float, int]:
+    """Scale (an f32 value) and zero point that cover [lo, hi] and represent 0 exactly.
+
+    >>> from bitwright.ir.types import U8
+    >>> parameters(0.0, 2.55, U8)[1], parameters(-1.0, 1.0, S8)[1]
+    (0, 0)
+    """
+    lo, hi = min(lo, 0.0), max(hi, 0.0)
+    scale = float(np.float32((hi - lo) / (dtype.hi - dtype.lo)))
+    if not scale >= float(np.finfo(np.float32).tiny):  # constant zero, or so small that its inverse overflows
+        return 1.0, max(dtype.lo, 0)
+    return scale, int(np.clip(round(dtype.lo - lo / scale), dtype.lo, dtype.hi))
+
+
+def quantize_weight(weight: Array) -> tuple[Array, Array]:
+    """s8 values in [-127, 127] and the f32 scale of each index of axis 0. Zeros stay zeros."""
+    w = weight.astype(np.float64)
+    scale = np.abs(w).max(axis=tuple(range(1, w.ndim)), initial=0.0) / 127
+    scale = np.where(scale < np.finfo(np.float32).tiny, 1.0, scale).astype(np.float32)
+    q = np.round(w / scale.astype(np.float64).reshape(-1, *[1] * (w.ndim - 1)))
+    return np.clip(q, -127, 127).astype(np.int8), scale
+
+
+@dataclass
+class Writer:
+    """Writes the plan: 8-bit forms after their producers, contractions over dequantized operands."""
+
+    graph: Graph
+    regions: Regions
+    dtype: DType
+    low: dict[str, str] = field(default_factory=dict)
+    """New 8-bit value, and new dequantized value, by old value."""
+    back: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+
+    def write(self) -> Graph:
+        self.rw, self.ranges = Rewriter(self.graph), self.regions.groups()
+        for v in self.graph.inputs:
+            self.hold(v.name, self.rw.of(v.name)[0], "")
+        for node in self.graph.nodes:
+            self.node(node)
+        return self.rw.done()
+
+    def node(self, node: Node) -> None:
+        rw, r = self.rw, self.regions
+        if node.output in r.carried:
+            op, moved = node.op, moved_operands(node)
+            if isinstance(op, ops.Pad) and op.mode == "constant":
+                op = replace(op, value=float(self.parameters(node.output)[1]))
+            inputs = (*(self.low[x] for x in moved), *rw.of(*node.inputs[len(moved) :]))
+            self.low[node.output] = rw.emit(op, *inputs, name=f"{node.output}.q", origin=node.origin)
+            self.restore(node.output, node.origin)
+            rw.replace(node, self.back[node.output])
+            return
+        inputs = tuple(
+            self.back[x] if x in self.back and r.reads_quantized(node, x) else rw.of(x)[0] for x in node.inputs
+        )
+        if node.output in r.layers and self.graph.is_constant(node.inputs[1]):
+            inputs = (inputs[0], self.weight(node), *inputs[2:])
+        out = rw.keep_as(node, node.op, inputs, node.types)
+        for old, new in zip(node.outputs, out, strict=True):
+            self.hold(old, new, node.origin)
+
+    def parameters(self, value: str) -> tuple[float, int]:
+        return parameters(*self.ranges[value], self.dtype)
+
+    def constants(self, value: str) -> tuple[str, str]:
+        scale, zero = self.parameters(value)
+        s = self.rw.constant(scale, TensorType(F32, ()), name=f"{value}.scale")
+        return s, self.rw.constant(zero, TensorType(self.dtype, ()), name=f"{value}.zero")
+
+    def hold(self, old: str, new: str, origin: str) -> None:
+        """Give a wanted value its 8-bit form."""
+        if old in self.regions.wanted:
+            constants = self.constants(old)
+            q = self.rw.emit(ops.Quantize(self.dtype), new, *constants, name=f"{old}.q", origin=origin)
+            self.low[old] = q
+            self.back[old] = self.rw.emit(ops.Dequantize(), q, *constants, name=f"{old}.dq", origin=origin)
+
+    def restore(self, old: str, origin: str) -> None:
+        back = self.rw.emit(ops.Dequantize(), self.low[old], *self.constants(old), name=f"{old}.dq", origin=origin)
+        self.back[old] = back
+
+    def weight(self, node: Node) -> str:
+        """The dequantized s8 weight of a contraction; once for all that share it."""
+        old = node.inputs[1]
+        if old not in self.weights:
+            source, g = self.graph.producers[old], self.graph
+            key = stem(source.op.ref) if isinstance(source.op, ops.Weight) else old
+            q, scale = quantize_weight(g.constant(old))  # type: ignore[arg-type]
+            w = self.rw.weight(key, q, source.type.with_dtype(S8), name=key, origin=source.origin)
+            s = self.rw.constant(scale, name=f"{key}.scale", origin=source.origin)
+            self.weights[old] = self.rw.emit(ops.Dequantize(axis=0), w, s, name=f"{key}.dq", origin=source.origin)
+        return self.weights[old]

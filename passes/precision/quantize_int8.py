@@ -1,0 +1,90 @@
+"""Post-training quantization to 8 bits, written as quantize and dequantize around contractions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bitwright.ir import ops
+from bitwright.ir.errors import InvalidInput
+from bitwright.ir.graph import Graph, Node
+from bitwright.ir.types import F32, U8
+from bitwright.passes._layers import layer_of, selected
+from bitwright.passes._pass import Context, Pass
+from bitwright.passes.precision._qdq import Writer
+from bitwright.passes.precision._regions import Range, Regions
+
+
+@dataclass(frozen=True)
+class QuantizeInt8(Pass):
+    """Activations per tensor (asymmetric, zero exact), weights per output channel (symmetric, masks survive).
+
+    Residual additions, pools and layout operators between quantized contractions stay integer too.
+
+    before:
+        graph @g (%x: f32[1, 2]) -> (y = %y) level=graph {
+          %w = weight {ref="fc.weight"} : f32[2, 2]
+          %y = linear(%x, %w) : f32[1, 2]
+        }
+    after:
+        graph @g (%x: f32[1, 2]) -> (y = %y) level=graph {
+          %x.scale = constant {values=[0.01568627543747425]} : f32[]
+          %x.zero = constant {values=[64]} : u8[]
+          %x.q = quantize(%x, %x.scale, %x.zero) {dtype=u8} : u8[1, 2]
+          %x.dq = dequantize(%x.q, %x.scale, %x.zero) : f32[1, 2]
+          %fc.weight = weight {ref="fc.weight.1"} : s8[2, 2]
+          %fc.weight.scale = constant {values=[0.0010401956969872117, 0.0050426977686584]} : f32[2]
+          %fc.weight.dq = dequantize(%fc.weight, %fc.weight.scale) {axis=0} : f32[2, 2]
+          %y = linear(%x.dq, %fc.weight.dq) : f32[1, 2]
+        }
+    """
+
+    name: ClassVar[str] = "quantize-int8"
+    lossy: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("ranges",)
+    only: str = "*"
+    except_: str = ""
+    first: bool = True
+    last: bool = True
+    matmul: bool = False
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        given = context.facts.get("ranges")
+        if given is None:
+            raise InvalidInput("quantize-int8 needs value ranges: run observe-ranges before it, with calibration data")
+        ranges = {k: v for k, v in given.items() if k in graph.types and all(map(math.isfinite, v))}
+        layers = self._layers(graph, context, ranges)
+        dtype = context.target.activation if context.target is not None else U8
+        return Writer(graph, Regions(graph, layers, ranges).plan(), dtype).write()
+
+    def _layers(self, graph: Graph, context: Context, ranges: dict[str, Range]) -> dict[str, tuple[str, ...]]:
+        """Operands to quantize by contraction; refusals for the others."""
+        found = [n for n in graph.nodes if isinstance(n.op, (ops.Linear, ops.Conv, ops.ConvTranspose, ops.MatMul))]
+        weighted = [n for n in found if graph.is_constant(n.inputs[1])]
+        chosen: dict[str, tuple[str, ...]] = {}
+        for n in found:
+            if not selected(self.only, self.except_, graph, n):
+                continue
+            operands = n.inputs[:1] if n in weighted else n.inputs[:2]
+            why = "first layer stays float (first=false)" if not self.first and n is weighted[0] else ""
+            why = why or ("last layer stays float (last=false)" if not self.last and n is weighted[-1] else "")
+            if why := why or self._why_not(graph, n, operands, ranges):
+                context.refuse(self.name, layer_of(graph, n), why)
+            else:
+                chosen[n.output] = operands
+        return chosen
+
+    def _why_not(self, graph: Graph, n: Node, operands: tuple[str, ...], ranges: dict[str, Range]) -> str:
+        if isinstance(n.op, ops.ConvTranspose):
+            return "transposed convolution: no integer kernel"
+        source = graph.producers.get(n.inputs[1])
+        if isinstance(n.op, ops.MatMul) and not self.matmul:
+            return "matmul of two activations (matmul=true quantizes it)"
+        if not isinstance(n.op, ops.MatMul) and not graph.is_constant(n.inputs[1]):
+            low = source is not None and isinstance(source.op, ops.Dequantize)
+            return "quantized already" if low else "weight is computed, not constant"
+        if {graph.types[x].dtype for x in n.inputs} != {F32}:
+            return f"operands are {graph.types[n.inputs[0]].dtype}: cast the model to f32 first"
+        missing = [x for x in operands if x not in ranges]
+        return f"no finite range was observed for %{missing[0]}" if missing else ""

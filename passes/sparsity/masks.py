@@ -1,0 +1,134 @@
+"""N:M masks on tensors: the largest magnitudes of every group, ties to the lower index."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitwright.ir.errors import InvalidInput
+from bitwright.ir.patterns import keep_in_tail
+from bitwright.ir.types import NM
+from bitwright.ir.weights import Array
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """``keep`` of every ``group``, written ``2:4``.
+
+    >>> Pattern.parse("2:4"), str(Pattern(1, 8))
+    (Pattern(keep=2, group=4), '1:8')
+    """
+
+    keep: int
+    group: int
+
+    def __post_init__(self) -> None:
+        self.along(0)
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}"
+
+    @staticmethod
+    def parse(text: str) -> Pattern:
+        """Read ``keep:group``; raises :class:`InvalidInput`."""
+        m = re.fullmatch(r"(\d+):(\d+)", text)
+        if not m:
+            raise InvalidInput(f"{text!r} is not a pattern such as 2:4 (kept : group)")
+        return Pattern(int(m[1]), int(m[2]))
+
+    def along(self, axis: int, shared: int = 1, block: int = 1) -> NM:
+        """The encoding of this pattern along an axis."""
+        return NM(self.keep, self.group, axis, shared, block)
+
+
+def nm_mask(
+    weight: torch.Tensor, keep: int, group: int, axis: int = -1, shared: int = 1, block: int = 1, name: str = "weight"
+) -> torch.Tensor:
+    """True where an element is kept: the ``keep`` largest magnitudes of every ``group`` along ``axis``.
+
+    ``block`` consecutive elements are scored and kept together; ``shared`` consecutive rows of axis 0 carry one
+    mask. A shorter last group keeps its proportional share, rounded up. Raises :class:`InvalidInput` for
+    integers, NaN and infinities, quoting ``name``.
+    """
+    import torch
+
+    nm = NM(keep, group, axis, shared, block)
+    if shared < 1 or block < 1:
+        raise InvalidInput(f"{name}: shared and block are at least 1, not {shared} and {block}")
+    if not weight.is_floating_point():
+        raise InvalidInput(f"{name} is {weight.dtype}: masks are made on float weights, before quantization")
+    if not -weight.dim() <= axis < weight.dim():
+        raise InvalidInput(f"{name} has rank {weight.dim()}, no axis {axis}")
+    score = weight.detach().abs().movedim(axis, -1)
+    score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
+    if not bool(torch.isfinite(score).all()):
+        what = "NaN" if bool(torch.isnan(score).any()) else "an infinity"
+        raise InvalidInput(f"{name} contains {what}: magnitudes cannot be compared")
+    size = score.shape[-1]
+    blocks = -(-size // block)
+    if block > 1:
+        score = torch.nn.functional.pad(score, (0, blocks * block - size)).unflatten(-1, (blocks, block)).sum(-1)
+    kept = _share(score, shared, lambda s: _largest(s, nm, size))
+    kept = kept.repeat_interleave(block, -1)[..., :size] if block > 1 else kept
+    return kept.movedim(-1, axis)
+
+
+def _share(score: torch.Tensor, shared: int, choose) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """Choose on the scores summed over every ``shared`` rows of axis 0, and give each row the result."""
+    import torch
+
+    if shared == 1 or score.dim() == 1:
+        return choose(score)  # type: ignore[no-any-return]
+    rows = score.shape[0]
+    padded = torch.cat([score, score.new_zeros((-rows % shared, *score.shape[1:]))])
+    chosen = choose(padded.unflatten(0, (-1, shared)).sum(1))
+    return chosen.repeat_interleave(shared, 0)[:rows]  # type: ignore[no-any-return]
+
+
+def _largest(score: torch.Tensor, nm: NM, size: int) -> torch.Tensor:
+    """The kept entries of the last axis, group by group."""
+    import torch
+
+    blocks = score.shape[-1]
+    s = torch.nn.functional.pad(score, (0, -blocks % nm.group), value=-1.0).unflatten(-1, (-1, nm.group))
+    kept = _rank(s) < nm.keep
+    if blocks % nm.group:
+        kept[..., -1, :] = _rank(s[..., -1, :]) < keep_in_tail(nm, size)
+    return kept.flatten(-2)[..., :blocks]
+
+
+def _rank(s: torch.Tensor) -> torch.Tensor:
+    """Place of each element in its group, largest first, equals in index order."""
+    import torch
+
+    group = s.shape[-1]
+    if group > 8:
+        order = torch.sort(s, dim=-1, descending=True, stable=True).indices
+        return torch.empty_like(order).scatter_(-1, order, torch.arange(group).expand_as(order))
+    columns = s.unbind(-1)
+    ranks = [torch.zeros_like(c, dtype=torch.int8) for c in columns]
+    for j in range(group):
+        for i in range(j):
+            later = columns[j] > columns[i]  # an equal one stays behind the earlier index
+            ranks[i] += later
+            ranks[j] += ~later
+    return torch.stack(ranks, -1)
+
+
+def nm_mask_array(
+    weight: Array, keep: int, group: int, axis: int = -1, shared: int = 1, block: int = 1, name: str = "weight"
+) -> Array:
+    """:func:`nm_mask` on a NumPy array."""
+    from bitwright.ir.interpret import to_torch
+
+    kept: Array = nm_mask(to_torch(weight), keep, group, axis, shared, block, name).numpy()
+    return kept if kept.flags.c_contiguous else np.ascontiguousarray(kept)
+
+
+__all__ = ["Pattern", "nm_mask", "nm_mask_array"]

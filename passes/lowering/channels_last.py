@@ -66,7 +66,13 @@ class _Layout(Rewriter):
     def twin(self, old: str) -> str:
         """The channels-last form of a rank-4 value."""
         if old not in self.last:
-            self.last[old] = self.emit(ops.Transpose(TO_LAST), self.plain(old), name=f"{old}.last")
+            node = self.graph.producers.get(old)
+            if node is not None and isinstance(node.op, ops.Quantize) and node.op.axis is None:
+                # transpose before quantizing: the two are one kernel then
+                rest = [self.plain(x) for x in node.inputs[1:]]
+                self.emit_last(node, node.op, self.twin(node.inputs[0]), *rest)
+            else:
+                self.last[old] = self.emit(ops.Transpose(TO_LAST), self.plain(old), name=f"{old}.last")
         return self.last[old]
 
     def emit_last(self, node: Node, op: ops.Op, *inputs: str) -> bool:

@@ -76,18 +76,38 @@ class _Groups:
             self.of.update({id(n): group for n in group})
 
     def _grow(self, sink: Node) -> list[Node]:
-        group = [sink]
+        group, root = [sink], sink
         if isinstance(sink.op, ops.POINTWISE):
             roots = self._absorb_pointwise(group, sink.type.shape)
             if not roots:
                 return group
             root = max(roots, key=lambda n: (isinstance(n.op, ops.CONTRACTION), self.position[id(n)]))
-            group.append(root)
-        else:
-            root = sink
+            group = self._leave_to_others(group, sink, root, roots)
         if isinstance(root.op, _ROWWISE):
-            self._absorb_pointwise(group, self.graph.types[root.inputs[0]].shape, start=root)
-        return self._around_attention(group)
+            before = [*group]
+            roots = self._absorb_pointwise(group, self.graph.types[root.inputs[0]].shape, start=root)
+            if any(isinstance(r.op, ops.CONTRACTION) for r in roots):
+                group = before  # that work is the contraction's epilogue: its accumulators are in registers
+        return self._around_attention(group, root)
+
+    def _leave_to_others(self, group: list[Node], sink: Node, root: Node, roots: list[Node]) -> list[Node]:
+        """The group and its root, without pointwise work that belongs behind another root and not behind this one."""
+        mine, theirs = set(root.outputs), {o for r in roots if r is not root for o in r.outputs}
+        kept = []
+        for n in sorted(group, key=lambda n: self.position[id(n)]):
+            if any(x in mine for x in n.inputs):
+                mine.add(n.output)
+            elif any(x in theirs for x in n.inputs):
+                theirs.add(n.output)
+                continue
+            kept.append(n)
+        while True:  # a node that only left nodes read leaves with them
+            inside = [
+                n for n in kept if n is sink or all(any(u is k for k in kept) for u in self.graph.users[n.output])
+            ]
+            if len(inside) == len(kept):
+                return [root, *kept]
+            kept = inside
 
     def _producer(self, value: str, group: list[Node]) -> Node | None:
         """The node behind a value when the group may take it in: free, and read by the group alone."""
@@ -110,22 +130,20 @@ class _Groups:
                     todo.append(node)
                 elif not isinstance(node.op, (*_SOURCES, *ops.POINTWISE, ops.Reshape)):
                     roots[id(node)] = node
-        # a candidate seen early may have got readers outside in the meantime: never, groups only grow
         return list(roots.values())
 
-    def _around_attention(self, group: list[Node]) -> list[Node]:
-        """Views before attention are strides of its kernel, and so are the views after it."""
-        head = group[-1]
-        chain: list[Node] = []
-        while isinstance(head.op, (ops.Transpose, ops.Reshape)) and (
-            below := self._producer(head.inputs[0], [*group, *chain])
-        ):
+    def _around_attention(self, group: list[Node], root: Node) -> list[Node]:
+        """Views before attention are strides of its kernel, and so are the views (and a quantize) after it."""
+        head, chain = root, list[Node]()
+        while isinstance(head.op, (ops.Transpose, ops.Reshape, ops.Quantize)):
+            below = self._producer(head.inputs[0], [*group, *chain])
+            if below is None:
+                return group
             chain.append(below)
             head = below
-        if chain and isinstance(head.op, ops.Attention):
-            group += chain
-        elif not isinstance(group[-1].op, ops.Attention):
+        if not isinstance(head.op, ops.Attention):
             return group
+        group = [*group, *chain]
         for x in head.inputs[:3]:
             for _ in range(2):
                 view = self._producer(x, group)

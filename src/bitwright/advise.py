@@ -1,0 +1,90 @@
+"""Will it pay? What each number format and sparsity pattern would gain per layer, before anything is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from bitwright.codegen.cost import cost_of, macs
+from bitwright.ir import ops
+from bitwright.ir.graph import Graph, Node, Value, subgraph
+from bitwright.ir.infer import bind_graph
+from bitwright.ir.target import Target
+from bitwright.ir.types import NM, S8, S32
+
+PATTERNS = ((2, 4), (4, 8), (2, 8), (2, 16))
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Predicted seconds of one contraction in float, and speed-ups over it; 0.0 where the target has no kernel.
+
+    ``gains``: format or pattern name to speed-up over the float layer. ``reason``: why the best choice is the best,
+    or why nothing pays.
+    """
+
+    layer: str
+    origin: str
+    shape: str
+    seconds: float
+    share: float
+    gains: dict[str, float]
+    reason: str
+
+
+def advise(graph: Graph, target: Target, batch: int = 1) -> list[Advice]:
+    """One row per contraction of a graph-level program, with its share of the predicted time of all of them."""
+    bound = bind_graph(graph, dict.fromkeys(graph.symbols, batch))
+    rows = [_row(n, bound, target) for n in bound.nodes if macs(n, bound)]
+    total = sum(r.seconds for r in rows) or 1.0
+    return [replace(r, share=r.seconds / total) for r in rows]
+
+
+def _row(node: Node, graph: Graph, target: Target) -> Advice:
+    body, _ = subgraph(graph, [node], node.outputs)
+    base = cost_of(body, target).seconds
+    gains = {name: base / cost_of(other, target).seconds for name, other in _variants(node, body, target)}
+    w = graph.types[node.inputs[1]]
+    return Advice(node.output, node.origin, f"{w}", base, 0.0, gains, _reason(node, graph, gains))
+
+
+def _reason(node: Node, graph: Graph, gains: dict[str, float]) -> str:
+    if not gains:
+        constant = graph.is_constant(node.inputs[1])
+        return "no low-bit kernel for this operator" if constant else "both operands are computed: stays float"
+    best = max(gains, key=lambda k: gains[k])
+    if gains[best] < 1.05:
+        return "nothing pays: the layer is bound by memory or by call overhead"
+    dense = gains.get("int8", 0.0)
+    if best != "int8" and gains[best] < 1.1 * dense:
+        return "int8 pays; sparsity adds less than a tenth"
+    return f"{best} pays {gains[best]:.1f}x over float"
+
+
+def _variants(node: Node, body: Graph, target: Target) -> Iterator[tuple[str, Graph]]:
+    """The layer in int8, dense and with every pattern that fits its reduction and has a kernel."""
+    op = node.op
+    if isinstance(op, ops.Linear):
+        low: ops.Op = ops.IntLinear()
+    elif isinstance(op, ops.Conv):
+        low = ops.IntConv(op.stride, op.padding, op.dilation, op.groups, op.channels_last)
+    else:
+        return
+    if not target.rate(target.activation, S8):
+        return
+    x, w = node.inputs[:2]
+    types = body.types
+    depth = int(types[w].shape[1])
+    result = node.type.with_dtype(S32)
+    for keep, group in ((0, 0), *PATTERNS):
+        encoding = NM(keep, group, 1) if group else None
+        if encoding is not None:
+            if depth % group or getattr(op, "groups", 1) != 1 or target.sparse_gain(target.activation, encoding) <= 1.0:
+                continue
+        inputs = (
+            Value(x, types[x].with_dtype(target.activation)),
+            Value(w, types[w].with_dtype(S8).with_encoding(encoding)),
+        )
+        node8 = Node(low, (x, w), node.outputs, (result,))
+        name = "int8" if encoding is None else f"int8 {keep}:{group}"
+        yield name, Graph("body", inputs, (node8,), node.outputs, node.outputs, level="integer")

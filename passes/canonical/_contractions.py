@@ -70,6 +70,25 @@ def _per_channel(graph: Graph, value: str, like: TensorType, axis: int) -> Array
     return np.ascontiguousarray(np.broadcast_to(full.reshape(-1), (channels,)))
 
 
+def linear_views(rw: Rewriter, node: Node) -> bool:
+    """reshape(linear(reshape(x), W)) = linear(x, W) when the reshapes only merge and split the leading axes."""
+    g = rw.graph
+    linear = made_by(g, node.inputs[0], ops.Linear)
+    if linear is None or not used_once(g, linear.output):
+        return False
+    view = made_by(g, linear.inputs[0], ops.Reshape)
+    if view is None:
+        return False
+    x = view.inputs[0]
+    if g.types[x].shape[-1:] != view.type.shape[-1:] or node.type.shape != (
+        *g.types[x].shape[:-1],
+        linear.type.shape[-1],
+    ):
+        return False
+    rw.keep_as(replace(node, origin=linear.origin or node.origin), linear.op, rw.of(x, *linear.inputs[1:]))
+    return True
+
+
 def pad_into(rw: Rewriter, node: Node) -> bool:
     """Constant padding of the space axes moves into the convolution or pool behind it."""
     g, op = rw.graph, node.op

@@ -21,7 +21,7 @@ RULES: Mapping[type[ops.Op], tuple[Rule, ...]] = {
     ops.Clamp: (same.clamp,),
     ops.Cast: (same.cast,),
     ops.Transpose: (same.transpose,),
-    ops.Reshape: (same.reshape,),
+    ops.Reshape: (same.reshape, around.linear_views),
     ops.Expand: (same.reshape,),
     ops.Concat: (same.nothing_moves,),
     ops.Slice: (same.nothing_moves,),

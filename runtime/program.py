@@ -117,8 +117,7 @@ class Program:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to a ``.bw`` file, whole or not at all."""
-        self._opened()
-        write(path, self._contents)
+        write(path, self.contents)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -129,6 +128,12 @@ class Program:
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Name, format and shape of each output."""
         return self.manifest.outputs
+
+    @property
+    def contents(self) -> Contents:
+        """What :meth:`save` writes: manifest, graph, library, weights and report as they were built."""
+        self._opened()
+        return self._contents
 
     @property
     def graph(self) -> str:
@@ -169,6 +174,9 @@ class Program:
         ins = ", ".join(f"{t.name}: {t}" for t in self.inputs)
         outs = ", ".join(f"{t.name}: {t}" for t in self.outputs)
         return f"<Program {self.manifest.name}({ins}) -> ({outs}), {self._threads} thread(s)>"
+
+    def __reduce__(self) -> Any:
+        return _unpickle, (self.contents, self._threads)
 
     def __call__(self, *args: Any, threads: int | None = None, **kwargs: Any) -> Any:
         """Run on inputs given in order or by name; an array, or a tuple of arrays in output order.
@@ -309,6 +317,10 @@ class Program:
             if chunk >= rows:
                 return chunk if chunk <= 2 * rows or chunk == self._chunks[0] else rows
         return rows
+
+
+def _unpickle(contents: Contents, threads: int) -> Program:
+    return Program(contents, threads=threads)
 
 
 def _thread_count(count: int) -> int:

@@ -206,6 +206,21 @@ def test_a_program_without_steps_is_a_program(build: Callable[..., Runner]) -> N
     assert build(Variant(plan([], [], []))).info["steps"] == 0
 
 
+def test_long_programs_compile_in_linear_time(kernels: bytes) -> None:
+    import resource
+
+    def seconds(steps: int) -> float:
+        names = [f"v{i}" for i in range(steps)]
+        calls = [Step("twice", 1, (Arg(a), Arg(b, access="w"))) for a, b in zip(["x", *names], names, strict=False)]
+        p = plan(calls, [Buffer("x", 64, "input"), *(Buffer(n, 64) for n in names)], names[-1:])
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        link({"k": kernels}, main_c([Variant(p)]), openmp=True)
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+    seconds(1)
+    assert seconds(800) < 8  # one long function takes gcc a minute
+
+
 def test_large_copies_are_shared_between_threads(build: Callable[..., Runner]) -> None:
     n = 300_000
     run = build(Variant(plan([], [Buffer("x", n, "input")], ["x"])))

@@ -38,6 +38,11 @@ def infer(op: ops.Op, types: Sequence[TensorType]) -> tuple[TensorType, ...]:
 
 @lru_cache(maxsize=8192)
 def _infer(op: ops.Op, types: tuple[TensorType, ...]) -> tuple[TensorType, ...]:
+    if isinstance(op, ops.Region):  # the verifier has checked the body
+        want = tuple(v.type.with_encoding(None) for v in op.body.inputs)
+        if tuple(t.with_encoding(None) for t in types) != want:
+            raise InferenceError(f"region operands {list(map(str, types))} do not match its body's inputs")
+        return tuple(op.body.types[o] for o in op.body.outputs)
     _check_dtypes(op, types)
     dims: list[Dim] = [d for t in types for d in t.shape] + [d for d in getattr(op, "shape", ())]
     symbols = tuple(dict.fromkeys(s for d in dims for s in symbols_of(d)))
@@ -124,8 +129,6 @@ def _check_dtypes(op: ops.Op, types: tuple[TensorType, ...]) -> None:
 
 def result_dtypes(op: ops.Op, types: tuple[TensorType, ...]) -> tuple[DType, ...]:
     """Dtypes of the results."""
-    if isinstance(op, ops.Region):
-        return tuple(op.body.types[o].dtype for o in op.body.outputs)
     if isinstance(op, (ops.Cast, ops.Quantize, ops.Requantize, ops.Saturate)):
         return (op.dtype,)
     if isinstance(op, (ops.IntLinear, ops.IntMatMul, ops.IntConv)):

@@ -55,7 +55,7 @@ def _gather(op: ops.Gather, x: Tensor, index: Tensor) -> Tensor:
     flat = index.reshape(-1).to(torch.int64)
     flat = torch.where(flat < 0, flat + x.shape[axis], flat)
     out = x.index_select(axis, flat)
-    return out.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+    return out.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
 
 
 def _positive(index: Tensor, size: int) -> Tensor:
@@ -87,7 +87,7 @@ def _gather_nd(op: ops.GatherNd, x: Tensor, index: Tensor) -> Tensor:
     for d in lead:
         batches *= d
     offset = offset.reshape(batches, -1) + torch.arange(batches, device=offset.device).reshape(-1, 1) * rows
-    return x.reshape(batches * rows, *tail)[offset.reshape(-1)].reshape(*index.shape[:-1], *tail)
+    return x.reshape(batches * rows, *tail)[offset.reshape(-1)].reshape((*index.shape[:-1], *tail))
 
 
 def _combine(old: Tensor, new: Tensor, reduction: str) -> Tensor:

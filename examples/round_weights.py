@@ -1,47 +1,36 @@
-"""A pass of your own, in one file: round contraction weights to a few levels per output channel.
+"""A pass of your own in one file, used as ``examples/round_weights.py:RoundWeights{bits=4}`` in any list of passes."""
 
-Use it without changing bitwright: ``--passes "examples/round_weights.py:RoundWeights{bits=4}"``, or in Python
-``parse_passes("round-weights{bits=4}", extra=[RoundWeights])``.
-"""
+from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
 from bitwright.ir import ops
-from bitwright.ir.build import Rewriter, rewrite
-from bitwright.ir.graph import Graph, Node
-from bitwright.passes import Context, Pass
+from bitwright.ir.graph import Graph
+from bitwright.passes._pass import Context, Pass
 
 
 @dataclass(frozen=True)
 class RoundWeights(Pass):
-    """Round the weights of linear layers and convolutions to ``bits`` bits, symmetric, per output channel."""
+    """Round every floating-point weight matrix to ``bits`` bits, one scale per output."""
 
     name: ClassVar[str] = "round-weights"
     lossy: ClassVar[bool] = True
-    bits: int = 8
+    bits: int = 4
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        layers = [n for n in graph.nodes if isinstance(n.op, (ops.Linear, ops.Conv))]
-        names = {n.inputs[1] for n in layers}
-
-        def step(rw: Rewriter, node: Node) -> bool:
-            if node.output not in names or not isinstance(node.op, ops.Weight):
-                return False
-            w = graph.weights[node.op.ref].array
-            top = 2 ** (self.bits - 1) - 1
-            scale = np.abs(w).max(axis=tuple(range(1, w.ndim)), keepdims=True) / top
-            rounded = (np.round(w / np.where(scale == 0, 1, scale)) * scale).astype(w.dtype)
-            rw.free(node)
-            rw.replace(node, rw.weight(node.op.ref, rounded, node.type, name=node.output, origin=node.origin))
-            return True
-
-        return rewrite(graph, step)[0]
-
-
-if __name__ == "__main__":
-    from bitwright.passes import parse_passes
-
-    print(*parse_passes("round-weights{bits=4}", extra=[RoundWeights]))
+        rounded = {}
+        for node in graph.nodes:
+            if not isinstance(node.op, ops.Weight) or not node.type.dtype.is_float:
+                continue
+            if node.type.rank < 2:
+                context.refuse(self.name, node.op.ref, "a vector: rounding it saves nothing and costs accuracy")
+                continue
+            weight = graph.weights[node.op.ref].array
+            top = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True)
+            scale = np.where(top > 0, top, 1.0) / (2 ** (self.bits - 1) - 1)
+            rounded[node.op.ref] = (np.round(weight / scale) * scale).astype(weight.dtype)
+            context.remark(self.name, node.op.ref, bits=self.bits)
+        return replace(graph, weights=graph.weights.with_items(rounded)) if rounded else graph

@@ -350,7 +350,7 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     sys.argv[1:] = [a for a in sys.argv[1:] if a != "--debug"]
     try:
-        app()
+        app(prog_name="bitwright")
     except BitwrightError as error:
         if debug:
             raise

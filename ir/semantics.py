@@ -47,6 +47,12 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
+def _unary(op: ops.Unary, x: Tensor) -> Tensor:
+    if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch lacks most of these: s64 holds the same bits
+        return UNARY[op.fn](x.to(torch.int64)).to(x.dtype) if op.fn in ("bitnot", "neg", "square") else x
+    return UNARY[op.fn](x)
+
+
 def _div(a: Tensor, b: Tensor) -> Tensor:
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
@@ -364,7 +370,7 @@ def _weight(op: ops.Op, *xs: Tensor) -> Tensor:
 
 MEANING: dict[type[ops.Op], Meaning] = {
     ops.Weight: _weight, ops.Constant: _weight,
-    ops.Unary: lambda op, x: UNARY[op.fn](x),
+    ops.Unary: _unary,
     ops.Binary: lambda op, a, b: BINARY[op.fn](a, b),
     ops.Where: lambda op, c, a, b: torch.where(c, a, b),
     ops.Clamp: _clamp, ops.Elu: _elu, ops.Cast: _cast,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, TypeProto
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, TypeProto, helper
 
 from bitwright.frontends.onnx.importer import Importer, Result, Scope
 from bitwright.frontends.onnx.reader import ELEMENTS
@@ -18,6 +18,10 @@ from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput, Problem, Unsupported
 from bitwright.ir.types import S64, Dim, DType, TensorType
 from bitwright.ir.weights import Array
+
+
+def _default(a: AttributeProto) -> Any:
+    return helper.get_attribute_value(a) if a.type else None
 
 
 def shortest(value: float) -> float:
@@ -32,6 +36,7 @@ class Call:
         self.importer, self.node, self.scope = importer, node, scope
         self.ins = tuple(None if isinstance(x, Nothing) else x for x in ins)
         self.domain = "" if node.domain == "ai.onnx" else node.domain
+        self.seen: set[str] = set()
 
     # --- the node -----------------------------------------------------------------------------------------------
 
@@ -56,10 +61,30 @@ class Call:
         return self.schema.since_version if self.schema is not None else 1
 
     def _get(self, name: str, kind: int) -> AttributeProto | None:
+        self.seen.add(name)
         a = self.attributes.get(name)
         if a is not None and a.type != kind:
             raise InvalidInput(f"attribute {name!r} has the wrong type")
         return a
+
+    def has(self, name: str) -> bool:
+        """Does the node carry this attribute?"""
+        self.seen.add(name)
+        return name in self.attributes
+
+    def ignore(self, *names: str) -> None:
+        """These attributes say nothing here."""
+        self.seen.update(names)
+
+    def unread(self) -> list[str]:
+        """Attributes that no handler looked at and that say something else than the default."""
+        defaults = self.schema.attributes if self.schema is not None else {}
+        out = []
+        for name, a in self.attributes.items():
+            d = defaults[name].default_value if name in defaults else None
+            if name not in self.seen and not (d is not None and helper.get_attribute_value(a) == _default(d)):
+                out.append(name)
+        return out
 
     def int_(self, name: str, default: int = 0) -> int:
         a = self._get(name, AttributeProto.INT)
@@ -279,6 +304,7 @@ class Call:
 
     def by_function_body(self) -> Result:
         """Translate through the body that the ONNX standard gives this operator."""
+        self.seen.update(self.attributes)
         body = self._function_body()
         if body is None:
             raise self.refuse(self._why_unknown())

@@ -71,7 +71,7 @@ def bytes_of(t: TensorType) -> int:
 
 
 def _held(a: Array, t: TensorType) -> Array:
-    assert a.shape == t.shape and a.dtype == t.dtype.numpy, (a.shape, a.dtype, t)
+    assert (a.shape, a.dtype) == (t.shape, t.dtype.numpy), (a.shape, a.dtype, t)
     return a
 
 

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 Result = Value | Sequence[Value | None]
 Handler = Callable[["Call"], Result]
-MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)  # fmt: skip
+MALFORMED = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 """What NumPy, torch and protobuf raise on operands that make no sense."""
 
 
@@ -272,22 +274,27 @@ class Importer:
             return self.run_function(function, call)
         handler = self.handlers.get((domain, node.op_type))
         if handler is not None:
-            return handler(call)
+            result = handler(call)
+            if unread := call.unread():
+                raise call.refuse(f"its attribute {', '.join(unread)} is not supported in this combination")
+            return result
         return call.by_function_body()
 
-    def run_function(self, f: FunctionProto, call: Call) -> list[Value]:
+    def run_function(self, f: FunctionProto, call: Call) -> list[Value | None]:
         """Inline a function body."""
         if call.scope.depth >= self.limits.depth:
             raise TooLarge(Problem(f.name, self.origin, f"functions nest deeper than {self.limits.depth}"))
-        opsets = {("" if o.domain == "ai.onnx" else o.domain): o.version for o in f.opset_import} or call.scope.opsets
+        own = {("" if o.domain == "ai.onnx" else o.domain): o.version for o in f.opset_import}
+        opsets = {**call.scope.opsets, **own}  # some of the standard's own bodies name no operator set for ""
         scope = Scope(opsets, None, f"{self.origin} > ", call.scope.depth + 1)
         if len(call.ins) > len(f.input):
             raise InvalidInput(f"function {f.name} takes {len(f.input)} inputs, got {len(call.ins)}")
         for i, name in enumerate(f.input):
             scope.define(name, (call.ins[i] if i < len(call.ins) else None) or Nothing())
         attributes = {a.name: a for a in f.attribute_proto} | call.attributes
-        self.run_nodes([resolve(n, attributes) for n in f.node], f.output, scope)
-        return [self._result(name, scope, f.name) for name in f.output]
+        wanted = [name for i, name in enumerate(f.output) if call.wants(i)]
+        self.run_nodes([resolve(n, attributes) for n in f.node], wanted, scope)
+        return [self._result(n, scope, f.name) if call.wants(i) else None for i, n in enumerate(f.output)]
 
     def run_graph(self, g: GraphProto, values: Sequence[Value], outer: Scope) -> list[Value]:
         """Translate a branch or loop body; ``values`` for its inputs in order."""

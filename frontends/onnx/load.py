@@ -10,7 +10,19 @@ from typing import Any
 
 import onnx
 
-from bitwright.frontends.onnx import ops_contract, ops_control, ops_index, ops_math, ops_norm, ops_quant, ops_shape
+from bitwright.frontends.onnx import (
+    ops_contract,
+    ops_control,
+    ops_index,
+    ops_math,
+    ops_norm,
+    ops_quant,
+    ops_recurrent,
+    ops_resize,
+    ops_sample,
+    ops_shape,
+    ops_signal,
+)
 from bitwright.frontends.onnx.importer import MALFORMED, Importer, Limits, Scope, TooLarge, clean
 from bitwright.frontends.onnx.reader import array_handle, dtype_of_element, read_model
 from bitwright.frontends.onnx.values import NeedsConstants, Nothing, Poison, Seq, Val, Value
@@ -20,7 +32,8 @@ from bitwright.ir.types import Dim, TensorType, parse_dim
 
 HANDLERS = {
     **ops_math.TABLE, **ops_shape.TABLE, **ops_contract.TABLE, **ops_norm.TABLE, **ops_quant.TABLE,
-    **ops_index.TABLE, **ops_control.TABLE,
+    **ops_index.TABLE, **ops_control.TABLE, **ops_resize.TABLE, **ops_sample.TABLE, **ops_recurrent.TABLE,
+    **ops_signal.TABLE,
 }  # fmt: skip
 """Every operator with a translation of its own; the rest goes through the standard's function bodies."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from bitwright.frontends.onnx.call import Call
 from bitwright.frontends.onnx.importer import has_nan
 from bitwright.frontends.onnx.ops_shape import transposed
@@ -11,12 +13,11 @@ from bitwright.frontends.onnx.symbolic import Entry, exact_div, product
 from bitwright.frontends.onnx.values import Val
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
+from bitwright.ir.types import BOOL, S64
 
 
 def checked(c: Call, *xs: Val | None) -> None:
     """Refuse an infinite or NaN constant of a contraction."""
-    import numpy as np
-
     for x in xs:
         if x is None or x.handle is None or not x.type.dtype.is_float or "finite" in x.handle.checked:
             continue
@@ -81,6 +82,7 @@ def _fused_matmul(c: Call) -> Val:
 def _gemm(c: Call) -> Val:
     a, b, bias = c.x(0), c.x(1), c.opt(2)
     checked(c, a, b, bias)
+    c.ignore("broadcast")
     if a.rank != 2 or b.rank != 2:
         raise InvalidInput(f"a Gemm of {a.type} and {b.type}")
     a = transposed(c, a, (1, 0)) if c.int_("transA") else a
@@ -264,29 +266,72 @@ def _contract_pair(c: Call, a: Val, ta: str, b: Val, tb: str, later: set[str]) -
 
 
 def _attention(c: Call) -> object:
-    """The common forms become one Attention; the rest goes through the standard's function body."""
+    """The usual forms become one Attention; the rest goes through the standard's function body."""
     q, k, v, mask = c.x(0), c.x(1), c.x(2), c.opt(3)
-    special = [c.opt(i) for i in range(4, len(c.ins))]
-    rich = any(s is not None for s in special) or c.outputs > 1 or c.float_("softcap") or not c.float_("scale", 1.0) > 0
-    masked = mask is not None and (c.int_("is_causal") or mask.rank < 2 or mask.shape[-1] != k.shape[-2])
-    if rich or masked or q.type.dtype != v.type.dtype or "softmax_precision" in c.attributes:
+    unusual = c.opt(6) is not None or c.wants(3) or c.float_("softcap") or c.has("softmax_precision")
+    if unusual or q.type.dtype != v.type.dtype or not c.float_("scale", 1.0) > 0:
         return c.by_function_body()
-    if c.int_("is_causal") and q.shape[-2] != k.shape[-2]:
-        return c.by_function_body()
+    c.has("qk_matmul_output_mode")
     heads = (c.int_("q_num_heads"), c.int_("kv_num_heads"))
     flat = q.rank == 3
     if flat:
         q, k, v = (_split_heads(c, t, n) for t, n in ((q, heads[0]), (k, heads[1]), (v, heads[1])))
     if q.rank != 4 or k.rank != 4 or v.rank != 4:
         raise InvalidInput(f"attention over {q.type}, {k.type}, {v.type}")
+    past: Entry = 0
+    if c.opt(4) is not None:
+        past = c.x(4).dims[2]
+        k, v = c.concat([c.x(4), k], 2), c.concat([c.x(5), v], 2)
+    if mask is not None and (mask.rank < 2 or mask.shape[-1] != k.shape[-2]):
+        return c.by_function_body()
+    left, right = c.int_("left_window_size", -1), c.int_("right_window_size", -1)
+    causal = bool(c.int_("is_causal"))
+    plain = causal and past == 0 and mask is None and left < 0 and right < 0
+    if not plain:
+        mask = _windowed(c, mask, (q.dims[2], k.dims[2], past), left, 0 if causal else right)
     groups = c.size(q, 1) // max(1, c.size(k, 1))
     scale = c.float_("scale", 0.0) or 1.0 / math.sqrt(c.size(q, 3))
-    op = ops.Attention(scale, bool(c.int_("is_causal")), groups)
-    y = c.emit(op, q, k, v, *([] if mask is None else [mask]))
-    if not flat:
+    y = c.emit(ops.Attention(scale, plain, groups), q, k, v, *([] if mask is None else [mask]))
+    y = _zero_unattended(c, y, mask)
+    if flat:
+        y = c.transpose(y, (0, 2, 1, 3))
+        y = c.reshape(y, (y.dims[0], y.dims[1], product(y.dims[2:])))
+    return (y, k, v)[: max(1, c.outputs)]
+
+
+def _windowed(c: Call, mask: Val | None, lengths: tuple[Entry, Entry, Entry], left: int, right: int) -> Val | None:
+    """The mask with keys outside [position - left, position + right] taken out (negative: unbounded)."""
+    if left < 0 and right < 0:
+        return mask
+    queries, keys, past = lengths
+    position = c.reshape(c.iota(queries), (queries, 1))
+    if past != 0:
+        offset = np.empty((), dtype=object)
+        offset[()] = past
+        position = c.add(position, c.importer.sizes(offset, S64))
+    key = c.reshape(c.iota(keys), (1, keys))
+    allowed: Val | None = None
+    if right >= 0:
+        allowed = c.binary("le", key, c.add(position, right))
+    if left >= 0:
+        above = c.binary("ge", key, c.sub(position, left))
+        allowed = above if allowed is None else c.binary("and", allowed, above)
+    assert allowed is not None
+    if mask is None:
+        return allowed
+    if mask.type.dtype == BOOL:
+        return c.binary("and", mask, allowed)
+    return c.where(allowed, mask, c.scalar(float("-inf"), mask.type.dtype))
+
+
+def _zero_unattended(c: Call, y: Val, mask: Val | None) -> Val:
+    """A query that a bool mask lets attend nothing gives zero, not NaN."""
+    if mask is None or mask.type.dtype != BOOL:
         return y
-    y = c.transpose(y, (0, 2, 1, 3))
-    return c.reshape(y, (y.dims[0], y.dims[1], product(y.dims[2:])))
+    some = c.reduce("any", mask, (mask.rank - 1,), keep=True)
+    if some.handle is not None and bool(some.handle.array.all()):
+        return y
+    return c.where(some, y, c.scalar(0, y.type.dtype))
 
 
 def _split_heads(c: Call, t: Val, heads: int) -> Val:

@@ -17,6 +17,7 @@ from bitwright.ir.types import BOOL, S64
 
 def _if(c: Call) -> Sequence[Value]:
     cond = c.x()
+    c.ignore("then_branch", "else_branch")
     if cond.handle is not None:
         branch = "then_branch" if bool(cond.handle.array.reshape(())) else "else_branch"
         return c.importer.run_graph(c.graph(branch), (), c.scope)
@@ -152,6 +153,7 @@ def _construct(c: Call) -> Seq:
 
 
 def _empty(c: Call) -> Seq:
+    c.ignore("dtype")
     return Seq(())
 
 

@@ -123,7 +123,7 @@ def _shift_in_ones(c: Call, x: Val, axis: int, by: int, size: int) -> Val:
 def _compress(c: Call) -> Val:
     x, keep = c.x(0), c.x(1)
     chosen = np.flatnonzero(c.known(keep, "condition", bindable=False))
-    if "axis" not in c.attributes:
+    if not c.has("axis"):
         return c.emit(ops.Gather(0), c.reshape(x, (c.x().type.size,)), c.literal(chosen))
     return c.emit(ops.Gather(c.axis(c.int_("axis"), x.rank)), x, c.literal(chosen))
 
@@ -135,7 +135,7 @@ def _non_zero(c: Call) -> Val:
 
 def _unique(c: Call) -> list[Val]:
     x = c.x()
-    a, axis = c.known(x, "input", bindable=False), c.int_("axis") if "axis" in c.attributes else None
+    a, axis = c.known(x, "input", bindable=False), c.int_("axis") if c.has("axis") else None
     values, first, inverse, counts = np.unique(a, True, True, True, axis=axis)
     if not c.int_("sorted", 1):
         order = np.argsort(first)

@@ -38,7 +38,7 @@ def _unary(fn: str) -> Callable[[Call], Val]:
 def _binary(fn: str) -> Callable[[Call], Val]:
     def handler(c: Call) -> Val:
         a, b = c.x(0), c.x(1)
-        if c.since < 7 and c.int_("broadcast"):  # operator sets 1 to 6: b's axes start at ``axis``
+        if c.since < 7 and c.int_("broadcast") and b.rank:  # operator sets 1 to 6: b's axes start at ``axis``
             start = c.axis(c.int_("axis", a.rank - b.rank), a.rank)
             b = c.reshape(b, (*b.dims, *[1] * (a.rank - b.rank - start)))
         return c.binary(fn, a, b)
@@ -188,6 +188,7 @@ def _swish(c: Call) -> Val:
 def _dropout(c: Call) -> object:
     """Inference: the input, and a mask of ones."""
     x = c.x()
+    c.ignore("seed", "ratio")
     training = c.opt(2) if c.since >= 12 else None
     if training is not None and bool(c.known(training, "training_mode").reshape(())):
         ratio = c.opt(1)
@@ -203,15 +204,14 @@ def _bit_cast(c: Call) -> Val:
     x, to = c.x(), dtype_of_element(c.int_("to"), c.importer.origin, "BitCast")
     if x.type.dtype == to:
         return x
+    if x.type.dtype.kind in ("int", "uint") and to.kind in ("int", "uint") and x.type.dtype.bits == to.bits:
+        return c.cast(x, to)
     if x.handle is None:
         raise c.refuse(f"reinterpreting the bits of {x.type} as {to} has no operator here")
     array = np.ascontiguousarray(x.handle.array)
     if array.dtype.itemsize != to.numpy.itemsize:
         raise c.refuse("the two formats differ in width")
     return c.literal(array.view(to.numpy), to)
-
-
-_TWIN = {"SwiGLU": "silu"}
 
 
 def _constant(c: Call) -> Val:
@@ -222,13 +222,15 @@ def _constant(c: Call) -> Val:
         names = ", ".join(a.name for a in c.node.attribute) or "nothing"
         raise c.refuse(f"a constant of {names} is not supported (tensor, number and list of numbers are)")
     a = found[0]
+    c.has(a.name)
     if a.type == onnx.AttributeProto.TENSOR:
         v = c.importer.initializer(a.t)
         v.label = c.label
         return v
+    kind = onnx.AttributeProto
     values = {
-        onnx.AttributeProto.FLOAT: lambda: (a.f, F32), onnx.AttributeProto.INT: lambda: (a.i, S64),
-        onnx.AttributeProto.FLOATS: lambda: (list(a.floats), F32), onnx.AttributeProto.INTS: lambda: (list(a.ints), S64),
+        kind.FLOAT: lambda: (a.f, F32), kind.INT: lambda: (a.i, S64),
+        kind.FLOATS: lambda: (list(a.floats), F32), kind.INTS: lambda: (list(a.ints), S64),
     }.get(a.type)  # fmt: skip
     if values is None:
         raise InvalidInput(f"attribute {a.name!r} has the wrong type")

@@ -15,6 +15,7 @@ from bitwright.ir.types import BOOL, F32, S64
 
 
 def _batch_norm(c: Call) -> object:
+    c.ignore("momentum", "consumed_inputs")
     x, scale, bias, mean, var = (c.x(i) for i in range(5))
     eps = c.float_("epsilon", 1e-5)
     training = c.int_("training_mode") if c.since >= 14 else (c.since < 7 and not c.int_("is_test"))

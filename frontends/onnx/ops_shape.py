@@ -6,7 +6,7 @@ import numpy as np
 
 from bitwright.frontends.onnx.call import Call
 from bitwright.frontends.onnx.reader import dtype_of_element, tensor_handle
-from bitwright.frontends.onnx.symbolic import Entry, Poly, Unknown, compare, exact_div, product
+from bitwright.frontends.onnx.symbolic import Entry, Poly, Unknown, add, compare, exact_div, negate, product
 from bitwright.frontends.onnx.values import NotStatic, Val
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
@@ -15,7 +15,7 @@ from bitwright.ir.types import BOOL, F32, S64, TensorType
 
 def _shape(c: Call) -> Val:
     x = c.x()
-    dims = x.dims[slice(c.int_("start"), c.int_("end") if "end" in c.attributes else None)]
+    dims = x.dims[slice(c.int_("start"), c.int_("end") if c.has("end") else None)]
     return c.importer.sizes(np.array([*dims, None], dtype=object)[:-1], S64)
 
 
@@ -197,9 +197,9 @@ def _slice_symbolic(c: Call, x: Val, axis: int, start: Entry, stop: Entry, step:
         return c.slice(x, axis, int(begin), max(int(begin), int(end)))
     if not isinstance(start, Poly) and start < 0 and _covers(c, end, size) and start >= -1:
         return c.emit(ops.Gather(axis), x, c.literal(np.arange(int(start), 0)))
-    count = _difference(c, end, begin)
-    if not isinstance(count, Poly) or isinstance(begin, Poly) and begin == size:
-        raise c.refuse(f"the slice [{start}:{stop}] of an axis of symbolic size {x.shape[axis]!r}")
+    count = add(end, negate(begin))
+    if not _covers(c, begin, 0) or (isinstance(size, Poly) and not _covers(c, size, end)) or not _covers(c, count, 0):
+        raise c.refuse(f"the slice [{start}:{stop}] of an axis of size {x.shape[axis]!r}")
     index = c.iota(count)
     if begin != 0:
         offset = np.empty((), dtype=object)
@@ -213,8 +213,6 @@ _BIG = (1 << 63) - 1
 
 
 def _bound(e: Entry, size: Entry) -> Entry:
-    from bitwright.frontends.onnx.symbolic import add
-
     if not isinstance(e, Poly) and e > _LARGE:
         return size
     negative = e.sign == -1 if isinstance(e, Poly) else e < 0
@@ -226,12 +224,6 @@ def _covers(c: Call, end: Entry, size: Entry) -> bool:
         return compare(end, size) >= 0
     except Unknown:
         return False
-
-
-def _difference(c: Call, end: Entry, begin: Entry) -> Entry:
-    from bitwright.frontends.onnx.symbolic import add, negate
-
-    return add(end, negate(begin))
 
 
 def _pad(c: Call) -> Val:
@@ -285,11 +277,10 @@ def _tile(c: Call) -> Val:
 
 
 def _constant_of_shape(c: Call) -> Val:
-    a = c.attributes.get("value")
-    if a is None:
+    if not c.has("value"):
         value = c.scalar(0, F32)
     else:
-        handle, kind = tensor_handle(a.t, c.importer.folder, "value")
+        handle, kind = tensor_handle(c.attributes["value"].t, c.importer.folder, "value")
         value = c.importer.constant(handle.array.reshape(()), TensorType(kind.dtype, ()))
     return c.expand(value, c.entries(0))
 
@@ -329,7 +320,11 @@ def _space_to_depth(c: Call) -> Val:
     if b < 1:
         raise InvalidInput(f"blocksize {b}")
     th, tw = _divided(c, h, b), _divided(c, w, b)
-    y = c.transpose(c.reshape(x, (n, ch, th, b, tw, b)), (0, 3, 5, 1, 2, 4))
+    mode = c.text("mode", "DCR")
+    if mode not in ("DCR", "CRD"):
+        raise InvalidInput(f"mode is {mode!r}")
+    perm = (0, 3, 5, 1, 2, 4) if mode == "DCR" else (0, 1, 3, 5, 2, 4)
+    y = c.transpose(c.reshape(x, (n, ch, th, b, tw, b)), perm)
     return c.reshape(y, (n, product((ch, b * b)), th, tw))
 
 
@@ -342,7 +337,7 @@ def _divided(c: Call, a: Entry, b: int) -> Entry:
 
 def _eye_like(c: Call) -> Val:
     x = c.x()
-    dtype = dtype_of_element(c.int_("dtype"), c.importer.origin) if "dtype" in c.attributes else x.type.dtype
+    dtype = dtype_of_element(c.int_("dtype"), c.importer.origin) if c.has("dtype") else x.type.dtype
     rows, columns = c.static(x)
     if rows * columns > 1 << 24:
         raise c.refuse("the matrix is too large")
@@ -362,7 +357,7 @@ def _trilu(c: Call) -> Val:
 
 def _center_crop_pad(c: Call) -> Val:
     x = c.x()
-    axes = c.axes(c.ints("axes") if "axes" in c.attributes else range(x.rank), x.rank)  # type: ignore[arg-type]
+    axes = c.axes(c.ints("axes") if c.has("axes") else range(x.rank), x.rank)  # type: ignore[arg-type]
     for axis, want in zip(axes, c.const(1).reshape(-1).tolist(), strict=True):
         size = c.size(x, axis)
         if want < size:

@@ -193,8 +193,10 @@ def _absolute(a: Entry) -> Entry:
     return a if compare(a, 0) >= 0 else negate(a)
 
 
-_UNARY = {"neg": negate, "abs": _absolute, "floor": whole, "ceil": whole, "round": whole, "trunc": whole,
-          "not": lambda a: not a, "sign": lambda a: compare(a, 0), "relu": lambda a: a if compare(a, 0) >= 0 else 0}  # fmt: skip
+_UNARY = {
+    "neg": negate, "abs": _absolute, "floor": whole, "ceil": whole, "round": whole, "trunc": whole,
+    "not": lambda a: not a, "sign": lambda a: compare(a, 0), "relu": lambda a: a if compare(a, 0) >= 0 else 0,
+}  # fmt: skip
 
 
 def _reduce(op: ops.Reduce, x: Array) -> Array:
@@ -223,6 +225,29 @@ def _cast(dtype: DType, x: Array) -> Array:
     raise Unknown
 
 
+def _moved(op: ops.Op, xs: list[Array]) -> Array:
+    """Operators that move entries without computing."""
+    x = xs[0]
+    match op:
+        case ops.Reshape(shape=shape) if all(isinstance(d, int) for d in shape):
+            return x.reshape(shape)  # type: ignore[arg-type]
+        case ops.Expand(shape=shape) if all(isinstance(d, int) for d in shape):
+            return np.broadcast_to(x, shape)  # type: ignore[arg-type]
+        case ops.Transpose(perm=perm):
+            return x.transpose(perm)
+        case ops.Concat(axis=axis):
+            return np.concatenate(xs, axis)
+        case ops.Slice():
+            return _slice(op, x)
+        case ops.Flip(axes=axes):
+            return np.flip(x, axes)
+        case ops.Tile(repeats=repeats):
+            return np.tile(x, repeats)
+        case ops.Gather(axis=axis) if not any(isinstance(e, Poly) for e in xs[1].flat):
+            return np.take(x, xs[1].astype(np.int64), axis)
+    raise Unknown
+
+
 def evaluate(op: ops.Op, xs: list[Array], dtypes: list[DType]) -> Array:
     """One IR operator on arrays of entries; :class:`Unknown` when it cannot be said."""
     match op:
@@ -238,18 +263,4 @@ def evaluate(op: ops.Op, xs: list[Array], dtypes: list[DType]) -> Array:
             return _cast(dtype, xs[0])
         case ops.Reduce():
             return _reduce(op, xs[0])
-        case ops.Reshape(shape=shape) | ops.Expand(shape=shape) if all(isinstance(d, int) for d in shape):
-            return xs[0].reshape(shape) if isinstance(op, ops.Reshape) else np.broadcast_to(xs[0], shape)  # type: ignore[arg-type]
-        case ops.Transpose(perm=perm):
-            return xs[0].transpose(perm)
-        case ops.Concat(axis=axis):
-            return np.concatenate(xs, axis)
-        case ops.Slice():
-            return _slice(op, xs[0])
-        case ops.Flip(axes=axes):
-            return np.flip(xs[0], axes)
-        case ops.Tile(repeats=repeats):
-            return np.tile(xs[0], repeats)
-        case ops.Gather(axis=axis) if not any(isinstance(e, Poly) for e in xs[1].flat):
-            return np.take(xs[0], xs[1].astype(np.int64), axis)
-    raise Unknown
+    return _moved(op, xs)

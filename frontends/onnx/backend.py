@@ -87,8 +87,8 @@ class Prepared(BackendRep):
         return self.compiled[key]
 
 
-def _dims(v: onnx.ValueInfoProto) -> Sequence[onnx.TensorShapeProto.Dimension]:
-    return v.type.tensor_type.shape.dim
+def _dims(v: onnx.ValueInfoProto) -> Sequence[Any]:
+    return list(v.type.tensor_type.shape.dim)
 
 
 def _plain(a: Array) -> Array:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, TypeProto, helper
+from onnx import AttributeProto, FunctionProto, NodeProto, TypeProto, helper
 
 from bitwright.frontends.onnx.importer import Importer, Result, Scope
 from bitwright.frontends.onnx.reader import ELEMENTS
@@ -317,7 +317,7 @@ class Call:
         return f"this operator of {domain} is not supported"
 
     def _function_body(self) -> FunctionProto | None:
-        s = self.schema
+        s: Any = self.schema
         if s is None:
             return None
         for name, a in s.attributes.items():  # a body refers to the attributes, defaults included
@@ -349,7 +349,3 @@ class Call:
         elif isinstance(v, Seq) and v.items:
             t.sequence_type.elem_type.CopyFrom(self._type_proto(v.items[0]))
         return t
-
-
-Table = Mapping[tuple[str, str], Any]
-__all__ = ["Call", "Table", "TensorProto"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto
 from bitwright.frontends.onnx.fold import Folder
 from bitwright.frontends.onnx.reader import LARGEST_ELEMENTS, array_handle, tensor_handle
 from bitwright.frontends.onnx.symbolic import Poly, to_dim
-from bitwright.frontends.onnx.values import Nothing, NotStatic, Poison, Seq, Val, Value
+from bitwright.frontends.onnx.values import Nothing, NotStatic, Poison, Val, Value
 from bitwright.ir import ops
 from bitwright.ir.build import Builder
 from bitwright.ir.errors import InvalidInput, Problem, Unsupported
@@ -25,7 +25,8 @@ from bitwright.ir.weights import Array, Handle
 if TYPE_CHECKING:
     from bitwright.frontends.onnx.call import Call
 
-Result = Value | Sequence[Value | None]
+Result = object
+"""A value, or a list of values for the node's results in order."""
 Handler = Callable[["Call"], Result]
 MALFORMED = (
     ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
@@ -212,14 +213,14 @@ class Importer:
         from bitwright.frontends.onnx.call import Call
 
         before, self.origin = self.origin, origin_of(node, scope)
-        outputs: Sequence[Value | None] = ()
+        outputs: Sequence[Any] = ()
         try:
             ins = [self._operand(name, scope) for name in node.input]
             if any(isinstance(x, Poison) for x in ins):
                 outputs = (Poison(),) * len(node.output)
             else:
                 result = self._apply(Call(self, node, scope, ins))
-                outputs = result if isinstance(result, (tuple, list)) else (result,)  # type: ignore[assignment]
+                outputs = result if isinstance(result, (tuple, list)) else (result,)
         except TooLarge:
             raise
         except NotStatic as e:
@@ -372,6 +373,3 @@ def resolve(node: NodeProto, attributes: Mapping[str, AttributeProto]) -> NodePr
             del g.node[:]
             g.node.extend(inner)
     return out
-
-
-__all__ = ["MALFORMED", "Handler", "Importer", "Limits", "Result", "Scope", "Seq", "TooLarge", "has_nan"]

@@ -23,7 +23,7 @@ from bitwright.frontends.onnx import (
     ops_shape,
     ops_signal,
 )
-from bitwright.frontends.onnx.importer import MALFORMED, Importer, Limits, Scope, TooLarge, clean
+from bitwright.frontends.onnx.importer import MALFORMED, Importer, Limits, Scope, clean
 from bitwright.frontends.onnx.reader import array_handle, dtype_of_element, read_model
 from bitwright.frontends.onnx.values import NeedsConstants, Nothing, Poison, Seq, Val, Value
 from bitwright.ir.errors import BitwrightError, InvalidInput, Problem, Unsupported, did_you_mean
@@ -36,8 +36,6 @@ HANDLERS = {
     **ops_signal.TABLE,
 }  # fmt: skip
 """Every operator with a translation of its own; the rest goes through the standard's function bodies."""
-
-KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
 def load_onnx(
@@ -222,6 +220,3 @@ class Inputs:
                     raise InvalidInput(f"sizes gives {key!r} the size {size!r}")
                 return size
         return symbol
-
-
-__all__ = ["HANDLERS", "Limits", "NeedsConstants", "TooLarge", "load_onnx"]

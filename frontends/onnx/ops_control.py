@@ -12,7 +12,7 @@ from bitwright.frontends.onnx.ops_shape import split_sizes
 from bitwright.frontends.onnx.reader import dtype_of_element
 from bitwright.frontends.onnx.values import Nothing, Poison, Seq, Val, Value
 from bitwright.ir.errors import InvalidInput, Problem
-from bitwright.ir.types import BOOL, S64
+from bitwright.ir.types import BOOL
 
 
 def _if(c: Call) -> Sequence[Value]:
@@ -261,4 +261,3 @@ TABLE = {
     ("", "SplitToSequence"): _split_to, ("", "SequenceMap"): _sequence_map, ("", "Optional"): _optional,
     ("", "OptionalHasElement"): _has_element, ("", "OptionalGetElement"): _get_element,
 }  # fmt: skip
-__all__ = ["S64", "TABLE"]

@@ -10,6 +10,7 @@ from bitwright.frontends.onnx.values import Val
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.types import BOOL, S64
+from bitwright.ir.weights import Array
 
 
 def in_range(c: Call, index: Val, size: Entry) -> None:
@@ -195,7 +196,8 @@ def max_pool_indices(c: Call, x: Val, kernel: tuple[int, ...], stride: tuple[int
         raise c.refuse("max pooling with indices of this type or size")
     axes = [np.arange(o)[:, None] * s + np.arange(k) * d - p
             for o, s, k, d, p in zip(outs, stride, kernel, dilation, pads[:n], strict=True)]  # fmt: skip
-    flat, valid = np.zeros((), np.int64), np.ones((), bool)
+    flat: Array = np.zeros((), np.int64)
+    valid: Array = np.ones((), bool)
     for i in range(n):
         view = [1] * (2 * n)
         view[i], view[n + i] = axes[i].shape
@@ -213,7 +215,7 @@ def max_pool_indices(c: Call, x: Val, kernel: tuple[int, ...], stride: tuple[int
     return c.reshape(c.add(inside, base), (shape[0], shape[1], *outs))
 
 
-def _column_major(flat: np.ndarray, space: tuple[int, ...]) -> np.ndarray:  # type: ignore[type-arg]
+def _column_major(flat: Array, space: tuple[int, ...]) -> Array:
     return np.ravel_multi_index(np.unravel_index(flat, space), space, order="F")
 
 

@@ -13,7 +13,7 @@ from bitwright.frontends.onnx.reader import dtype_of_element
 from bitwright.frontends.onnx.values import Val
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
-from bitwright.ir.types import BOOL, F32, S32, S64, DType
+from bitwright.ir.types import BOOL, F32, S64, DType
 
 _UNARY = {
     "Abs": "abs", "Acos": "acos", "Acosh": "acosh", "Asin": "asin", "Asinh": "asinh", "Atan": "atan",
@@ -228,13 +228,13 @@ def _constant(c: Call) -> Val:
         v.label = c.label
         return v
     kind = onnx.AttributeProto
-    values = {
+    values: dict[int, Callable[[], tuple[object, DType]]] = {
         kind.FLOAT: lambda: (a.f, F32), kind.INT: lambda: (a.i, S64),
         kind.FLOATS: lambda: (list(a.floats), F32), kind.INTS: lambda: (list(a.ints), S64),
-    }.get(a.type)  # fmt: skip
-    if values is None:
+    }  # fmt: skip
+    if a.type not in values:
         raise InvalidInput(f"attribute {a.name!r} has the wrong type")
-    value, dtype = values()
+    value, dtype = values[a.type]()
     return c.literal(value, dtype)
 
 
@@ -264,4 +264,3 @@ TABLE = {
     ("com.microsoft", "Gelu"): _gelu, ("com.microsoft", "BiasGelu"): _bias_gelu,
     ("com.microsoft", "FastGelu"): _fast_gelu, ("com.microsoft", "QuickGelu"): _quick_gelu,
 }  # fmt: skip
-__all__ = ["S32", "TABLE", "cast_to"]

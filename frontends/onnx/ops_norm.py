@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 from bitwright.frontends.onnx.call import Call
 from bitwright.frontends.onnx.ops_contract import windows
-from bitwright.frontends.onnx.reader import DTYPES
 from bitwright.frontends.onnx.symbolic import product
 from bitwright.frontends.onnx.values import Val
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
-from bitwright.ir.types import BOOL, F32, S64
+from bitwright.ir.types import BOOL, S64
 
 
 def _batch_norm(c: Call) -> object:
@@ -285,4 +284,3 @@ TABLE = {
     ("com.microsoft", "SkipLayerNormalization"): _skip_layer_norm(False),
     ("com.microsoft", "SkipSimplifiedLayerNormalization"): _skip_layer_norm(True),
 }  # fmt: skip
-__all__ = ["DTYPES", "F32", "TABLE", "window_sum"]

@@ -13,6 +13,7 @@ from bitwright.frontends.onnx.values import Packed, Val
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.types import S32, U8, DType, TensorType, integer
+from bitwright.ir.weights import Array
 
 
 def _per_tensor(c: Call, v: Val) -> Val:
@@ -229,7 +230,7 @@ def _matmul_nbits(c: Call) -> Val:
     return c.emit(ops.Linear(), a, c.cast(w, a.type.dtype), *([] if bias is None else [bias]))
 
 
-def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:  # type: ignore[type-arg]
+def _unpacked(packed: Array, bits: int) -> Array:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     values = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return values.reshape(packed.shape[0], -1)

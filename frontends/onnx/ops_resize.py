@@ -154,7 +154,7 @@ def _row(rule: Rule, at: float, n: int, scale: float) -> Array:
     if rule.mode == "nearest":
         pick = {"floor": np.floor(at), "ceil": np.ceil(at), "round_prefer_floor": np.ceil(at - 0.5),
                 "round_prefer_ceil": np.floor(at + 0.5)}[rule.rounding]  # fmt: skip
-        return np.eye(1, n, int(min(max(pick, 0), n - 1)))[0]
+        return np.asarray(np.arange(n) == min(max(pick, 0), n - 1), np.float64)
     shrink = min(scale, 1.0) if rule.antialias else 1.0
     reach = (1 if rule.mode == "linear" else 2) / shrink
     taps = np.arange(int(np.floor(at - reach)) + 1, int(np.floor(at)) + int(np.ceil(reach)) + 1)

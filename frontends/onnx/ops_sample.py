@@ -13,7 +13,8 @@ from bitwright.frontends.onnx.symbolic import product
 from bitwright.frontends.onnx.values import Val
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
-from bitwright.ir.types import BOOL, S64
+from bitwright.ir.types import S64
+from bitwright.ir.weights import Array
 
 
 def sample(c: Call, x: Val, at: Sequence[Val], mode: str, padding: str, aligned: bool) -> Val:
@@ -162,11 +163,11 @@ def _deform_conv(c: Call) -> Val:
 
 
 def _tap_positions(kernel: tuple[int, ...], outs: tuple[int, int], stride: tuple[int, ...], dilation: tuple[int, ...],
-                   pads: tuple[int, ...], axis: int) -> np.ndarray:  # type: ignore[type-arg]  # fmt: skip
+                   pads: tuple[int, ...], axis: int) -> Array:  # fmt: skip
     """[taps, oh, ow]: the undeformed position along one axis that each kernel tap reads for each output."""
     k = np.indices(kernel)[axis].reshape(-1, 1, 1) * dilation[axis]
     o = np.indices(outs)[axis][None] * stride[axis] - pads[axis]
-    return (k + o).astype(np.float32)
+    return np.asarray(k + o, np.float32)
 
 
 def _roi_align(c: Call) -> Val:
@@ -224,4 +225,3 @@ TABLE = {
     ("", "GridSample"): _grid_sample, ("", "DeformConv"): _deform_conv, ("", "RoiAlign"): _roi_align,
     ("", "Col2Im"): _col2im,
 }  # fmt: skip
-__all__ = ["BOOL", "TABLE"]

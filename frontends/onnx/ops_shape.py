@@ -7,7 +7,7 @@ import numpy as np
 from bitwright.frontends.onnx.call import Call
 from bitwright.frontends.onnx.reader import dtype_of_element, tensor_handle
 from bitwright.frontends.onnx.symbolic import Entry, Poly, Unknown, add, compare, exact_div, negate, product
-from bitwright.frontends.onnx.values import NotStatic, Val
+from bitwright.frontends.onnx.values import Val
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.types import BOOL, F32, S64, TensorType
@@ -379,4 +379,3 @@ TABLE = {
     ("", "SpaceToDepth"): _space_to_depth, ("", "EyeLike"): _eye_like, ("", "Trilu"): _trilu,
     ("", "CenterCropPad"): _center_crop_pad,
 }  # fmt: skip
-__all__ = ["TABLE", "NotStatic", "broadcast_dims", "padded", "slice_axis", "transposed"]

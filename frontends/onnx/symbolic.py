@@ -230,7 +230,7 @@ def _moved(op: ops.Op, xs: list[Array]) -> Array:
     x = xs[0]
     match op:
         case ops.Reshape(shape=shape) if all(isinstance(d, int) for d in shape):
-            return x.reshape(shape)  # type: ignore[arg-type]
+            return x.reshape(shape)
         case ops.Expand(shape=shape) if all(isinstance(d, int) for d in shape):
             return np.broadcast_to(x, shape)  # type: ignore[arg-type]
         case ops.Transpose(perm=perm):

@@ -31,6 +31,8 @@ class RoundWeights(Pass):
             weight = graph.weights[node.op.ref].array
             top = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True)
             scale = np.where(top > 0, top, 1.0) / (2 ** (self.bits - 1) - 1)
-            rounded[node.op.ref] = (np.round(weight / scale) * scale).astype(weight.dtype)
-            context.remark(self.name, node.op.ref, bits=self.bits)
+            new = (np.round(weight / scale) * scale).astype(weight.dtype)
+            if not np.allclose(new, weight, rtol=1e-6, atol=0.0):
+                rounded[node.op.ref] = new
+                context.remark(self.name, node.op.ref, bits=self.bits)
         return replace(graph, weights=graph.weights.with_items(rounded)) if rounded else graph

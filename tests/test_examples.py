@@ -60,5 +60,13 @@ def test_round_weights_leaves_that_many_values(bits: int) -> None:
     assert refused == 1
 
 
+def test_round_weights_is_idempotent() -> None:
+    text = 'graph @g (%x: f32[2, 8]) -> (y = %y) level=graph {\n  %w = weight {ref="w"} : f32[4, 8]\n'
+    graph = parse(text + "  %y = linear(%x, %w) : f32[2, 4]\n}\n", Weights({"w": rounded(8)[0]}))
+    name = f"{EXAMPLES / 'round_weights.py'}:RoundWeights{{bits=4}}"
+    _, report = optimize(graph, f"{name}, {name}")
+    assert [row.changed for row in report.rows] == [True, False]
+
+
 def test_round_weights_is_as_short_as_promised() -> None:
     assert len((EXAMPLES / "round_weights.py").read_text().splitlines()) < 50

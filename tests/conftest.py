@@ -6,7 +6,7 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,8 @@ def difference() -> Callable[..., float]:
 class Check:
     """``check(pass, before=..., after=...)``: run the pass on text, compare with text."""
 
-    def __init__(self, bless: bool) -> None:
-        self.bless = bless
-        self.edits: list[tuple[Path, int, str]] = []
+    def __init__(self, bless: bool, edits: list[tuple[Path, int, str]]) -> None:
+        self.bless, self.edits = bless, edits
 
     def __call__(
         self,
@@ -114,11 +113,6 @@ class Check:
             assert not p.run(result, context).changed_from(result), "not idempotent"
         return result
 
-    def write(self) -> None:
-        """Put the blessed texts into the test files, last first so that line numbers stay right."""
-        for path, line, text in sorted(self.edits, key=lambda e: -e[1]):
-            path.write_text(blessed(path.read_text(), line, text))
-
 
 def blessed(source: str, line: int, text: str) -> str:
     """The source with the ``after`` string of the check call at ``line`` replaced."""
@@ -135,12 +129,20 @@ def blessed(source: str, line: int, text: str) -> str:
     return "".join([*lines[: node.lineno - 1], head + new + tail, *lines[end:]])
 
 
+_EDITS = pytest.StashKey[list[tuple[Path, int, str]]]()
+
+
 @pytest.fixture
-def check(request: pytest.FixtureRequest) -> Iterator[Check]:
+def check(request: pytest.FixtureRequest) -> Check:
     """Text before, text after; ``pytest --bless`` rewrites the latter in place."""
-    fixture = Check(bool(request.config.getoption("--bless")))
-    yield fixture
-    fixture.write()
+    edits = request.config.stash.setdefault(_EDITS, [])
+    return Check(bool(request.config.getoption("--bless")), edits)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Put the blessed texts into the test files, last first so that line numbers stay right."""
+    for path, line, text in sorted(session.config.stash.get(_EDITS, []), key=lambda e: -e[1]):
+        path.write_text(blessed(path.read_text(), line, text))
 
 
 def docstring_example(cls: type[Pass]) -> tuple[str, str]:

@@ -10,31 +10,32 @@ from bitwright.ir.types import F32, S8, S16, S32, U8
 
 def _dot4(acc: Array, a: Array, w: Array) -> Array:
     products = a.astype(np.int64).reshape(-1, 4) * w.astype(np.int64).reshape(-1, 4)
-    return (acc.astype(np.int64) + products.sum(1)).astype(np.int32)
+    return np.asarray(acc.astype(np.int64) + products.sum(1), np.int32)
 
 
 def _maddubs(a: Array, w: Array) -> Array:
     pairs = (a.astype(np.int32).reshape(-1, 2) * w.astype(np.int32).reshape(-1, 2)).sum(1)
-    return np.clip(pairs, -32768, 32767).astype(np.int16)
+    return np.asarray(np.clip(pairs, -32768, 32767), np.int16)
 
 
 def _maddw(a: Array, b: Array) -> Array:
-    return (a.astype(np.int64).reshape(-1, 2) * b.astype(np.int64).reshape(-1, 2)).sum(1).astype(np.int32)
+    products = a.astype(np.int64).reshape(-1, 2) * b.astype(np.int64).reshape(-1, 2)
+    return np.asarray(products.sum(1), np.int32)
 
 
 def _permute(table: Array, index: Array) -> Array:
-    return table[index.astype(np.int64) & (table.size - 1)]
+    return np.asarray(table[index.astype(np.int64) & (table.size - 1)])
 
 
 def _pshufb(table: Array, index: Array) -> Array:
     i = index.view(np.uint8).astype(np.int64)
     lane = np.arange(table.size) // 16 * 16
-    return np.where(i & 0x80, 0, table[lane + (i & 15)]).astype(table.dtype)
+    return np.asarray(np.where(i & 0x80, 0, table[lane + (i & 15)]), table.dtype)
 
 
 def _fma(a: Array, b: Array, c: Array) -> Array:
     exact = a.astype(np.longdouble) * b.astype(np.longdouble) + c.astype(np.longdouble)
-    return exact.astype(np.float32)
+    return np.asarray(exact, np.float32)
 
 
 def _bytes(n: int) -> VecType:
@@ -94,7 +95,7 @@ VPSHUFB_256 = Instruction("vpshufb.256", "llvm.x86.avx2.pshuf.b", "avx2", _bytes
 VPERMB_512 = Instruction(
     "vpermb.512",
     "llvm.x86.avx512.permvar.qi.512",
-    "avx512_vbmi",
+    "avx512vbmi",
     _bytes(64),
     (_bytes(64), _bytes(64)),
     _permute,

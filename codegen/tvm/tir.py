@@ -204,7 +204,12 @@ class Builder:
             start += size
 
     def let(self, value: Vec, name: str = "v") -> Vec:
-        """Evaluate once; the result is an SSA value visible to the end of the enclosing block."""
+        """Evaluate once; the result is visible to the end of the enclosing block.
+
+        A vector goes through a register: TVM's analyzer would try to simplify the value of a binding.
+        """
+        if value.lanes > 1:
+            return self.register(value.dtype, value.lanes, value, name).get()
         var = tirx.Var(self._unique(name), tvm_dtype(value.dtype, value.lanes))
         self.emit(tirx.Bind(var, value.expr))
         return Vec(var, value.dtype, value.lanes)

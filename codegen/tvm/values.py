@@ -226,11 +226,11 @@ def choose(condition: Expr, yes: Index, no: Index) -> Index:
     return tirx.Select(condition, scalar(yes).expr, scalar(no).expr)
 
 
-def both(a: Expr, b: Expr) -> Expr:
-    """Scalar conjunction of two index conditions."""
-    return tirx.all(a, b)
+def both(*conditions: Expr) -> Expr:
+    """Scalar conjunction of index conditions."""
+    return tirx.all(*conditions)
 
 
-def either(a: Expr, b: Expr) -> Expr:
-    """Scalar disjunction of two index conditions."""
-    return tirx.any(a, b)
+def either(*conditions: Expr) -> Expr:
+    """Scalar disjunction of index conditions."""
+    return tirx.any(*conditions)

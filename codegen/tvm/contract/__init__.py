@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.codegen.tvm.contract.choose import default_knobs as knobs
-from bitwright.codegen.tvm.contract.choose import pairs_are_safe, supports
+from bitwright.codegen.tvm.contract.choose import is_depthwise, pairs_are_safe, supports
+from bitwright.codegen.tvm.contract.depthwise import emit_depthwise, pack_depthwise, unpack_depthwise
 from bitwright.codegen.tvm.contract.emit import contraction, emit_packed
 from bitwright.codegen.tvm.contract.epilogue import Epilogue, EpilogueParam, StoreAcc
 from bitwright.codegen.tvm.contract.packing import pack_weights, unpack_weights
@@ -52,8 +53,11 @@ def pack(
         raise InvalidInput("a run-time right operand has nothing to pack")
     if knobs.safe_pairs and not pairs_are_safe(spec, weight):
         raise InvalidInput("these weights can saturate pmaddubsw: use knobs without safe_pairs")
-    made = contraction(spec, knobs)
-    arrays = pack_weights(spec, made.plan, made.layout, weight, mask)
+    if is_depthwise(spec):
+        arrays = pack_depthwise(spec, knobs, np.asarray(weight, spec.weight_dtype.numpy))
+    else:
+        made = contraction(spec, knobs)
+        arrays = pack_weights(spec, made.plan, made.layout, weight, mask)
     if spec.init != (init is not None):
         raise InvalidInput("initial accumulators and spec.init do not agree")
     if init is not None:
@@ -64,6 +68,8 @@ def pack(
 def unpack(spec: ContractSpec, knobs: Knobs, arrays: list[Array]) -> tuple[Array, Array]:
     """The logical weights that the packed constants hold, and the mask of the non-zero ones (dense: all)."""
     _check(spec, knobs)
+    if is_depthwise(spec):
+        return unpack_depthwise(spec, knobs, arrays)
     made = contraction(spec, knobs)
     return unpack_weights(spec, made.plan, made.layout, arrays)
 
@@ -73,6 +79,8 @@ def emit(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str) -> Ker
     _check(spec, knobs)
     if spec.right != "constant":
         return emit_runtime_right(spec, knobs, epilogue, name)
+    if is_depthwise(spec):
+        return emit_depthwise(spec, knobs, epilogue, name)
     return emit_packed(spec, knobs, epilogue, name)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.codegen.tvm.contract.depthwise import MAX_TAPS, height_of
 from bitwright.codegen.tvm.contract.engine import engine_of
 from bitwright.codegen.tvm.contract.packing import to_runs
 from bitwright.codegen.tvm.contract.plan import Plan, plan_of
@@ -43,9 +44,17 @@ def supports(spec: ContractSpec, isa: Isa) -> str | None:
         return too_large
     if spec.element == "u8s8" and not 0 <= spec.pad_value <= 255:
         return f"pad value {spec.pad_value} is no u8"
+    if is_depthwise(spec):
+        return "depthwise kernels have no sparse form: there is nothing to skip" if spec.pattern else None
     engine = engine_of(spec, Knobs(isa, 1, 1))
     plan = plan_of(spec, engine.quad, engine.selector)
     return None if isinstance(plan, Plan) else plan
+
+
+def is_depthwise(spec: ContractSpec) -> bool:
+    """Whether the depthwise generator makes this kernel (grouped contractions do very large windows)."""
+    g = spec.geometry
+    return isinstance(g, Conv) and g.is_depthwise and g.channels > 1 and g.kernel[0] * g.kernel[1] <= MAX_TAPS
 
 
 def _runtime_right(spec: ContractSpec) -> str | None:
@@ -72,12 +81,12 @@ def _too_large(spec: ContractSpec) -> str | None:
 def pairs_are_safe(spec: ContractSpec, weight: NDArray[Any]) -> bool:
     """Whether pmaddubsw cannot saturate, whatever the activations.
 
-    Dense: for the pairs as they are packed. Sparse: pairs depend on the pattern, so for any two weights of an
-    output that can meet (its largest and smallest).
+    Dense: for the pairs as they are packed. Sparse and depthwise, where pairs depend on the pattern or on the
+    tile: for any two weights.
     """
     runs = to_runs(spec, weight).astype(np.int64)
     up, down = np.maximum(runs, 0), np.minimum(runs, 0)
-    if spec.sparsity is None:
+    if spec.sparsity is None and not is_depthwise(spec):
         if runs.shape[-1] % 2:
             up, down = (np.pad(v, [(0, 0)] * 3 + [(0, 1)]) for v in (up, down))
         up, down = (v.reshape(*v.shape[:-1], -1, 2).sum(-1) for v in (up, down))
@@ -90,6 +99,9 @@ def default_knobs(spec: ContractSpec, isa: Isa, weight: NDArray[Any] | None = No
     safe = isa == "avx2" and spec.element == "u8s8" and weight is not None and pairs_are_safe(spec, weight)
     rows, vectors = _SAFE_PAIRS_TILE if safe else _TILES[spec.element, isa][1 if spec.pattern else 0]
     lanes = LANES[isa]
+    if is_depthwise(spec) and isinstance(spec.geometry, Conv):
+        quad = engine_of(spec, Knobs(isa, 1, 1)).quad
+        return Knobs(isa, 2 if quad == 1 else 4, height_of(spec.geometry, quad), safe_pairs=safe)
     if isa == "avx512-vnni":
         rows, vectors = _fit_512(spec, rows, vectors)
     needed = ceil(spec.cols // spec.groups / lanes)

@@ -51,6 +51,10 @@ class Engine:
         """The weights of one step and one vector of outputs."""
         return (b.let(b.load(w, at, self.lanes * self.quad)),)
 
+    def interleave(self, b: Builder, rows: list[Vec]) -> Operand:
+        """``quad`` vectors of activations, one per product of a lane."""
+        raise NotImplementedError
+
     def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
         """acc + the sum over quad of a * w."""
         raise NotImplementedError
@@ -89,6 +93,10 @@ class Bytes(Engine):
 
     def select(self, b: Builder, window: Vec, index: Vec) -> Operand:
         return self._activations(b, call(self.shuffle, window, index).bits(U8))
+
+    def interleave(self, b: Builder, rows: list[Vec]) -> Operand:
+        order = [row * self.lanes + lane for lane in range(self.lanes) for row in range(4)]
+        return self._activations(b, b.let(concat(rows)).shuffle(order))
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,9 @@ class Floats(Engine):
     def select(self, b: Builder, window: Vec, index: Vec) -> Operand:
         return (b.let(call(self.permute, window, index)),)
 
+    def interleave(self, b: Builder, rows: list[Vec]) -> Operand:
+        return (rows[0],)
+
     def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
         return fma(a[0], w[0], acc)
 
@@ -163,6 +174,9 @@ class Generic(Engine):
 
     def weights(self, b: Builder, w: Pointer, at: Index) -> Operand:
         return (b.let(self._widen(b.load(w, at, self.lanes))),)
+
+    def interleave(self, b: Builder, rows: list[Vec]) -> Operand:
+        return (b.let(self._widen(rows[0])),)
 
     def gather(self, b: Builder, x: Pointer, base: Index, index: Vec) -> Operand:
         """Activations ``x[base + index]`` per lane."""

@@ -91,6 +91,9 @@ def _interleave(layout: Layout, cols: int, packed: Array) -> Array:
 def _separate(layout: Layout, cols: int, flat: Array, shape: tuple[int, int, int, int]) -> Array:
     """Inverse of :func:`_interleave`; shape is (groups, runs, steps, quad)."""
     groups, runs, steps, quad = shape
+    needed = groups * runs * steps * ceil(cols / layout.lanes) * layout.lanes * quad
+    if flat.size != needed:
+        raise InvalidInput(f"packed weights have {flat.size} elements, expected {needed}")
     out = np.empty((groups, cols, runs, steps, quad), flat.dtype)
     at = 0
     for g in range(groups):
@@ -100,8 +103,6 @@ def _separate(layout: Layout, cols: int, flat: Array, shape: tuple[int, int, int
             part = part.reshape(vectors * layout.lanes, runs, steps, quad)
             out[g, first : first + len(part)] = part[: cols - first]
             at += size
-    if at != flat.size:
-        raise InvalidInput(f"packed weights have {flat.size} elements, expected {at}")
     return out
 
 

@@ -34,11 +34,11 @@ nightly: $(READY)  ## the slow sweeps: thousands of random graphs, all architect
 	$(PY) -m pytest -n $(JOBS) -m nightly
 
 onnx-suite: $(READY)  ## the ONNX backend suite; prints how many cases pass, refuse, fail
-	$(PY) -m benchmarks.onnx_suite
+	$(PY) benchmarks/onnx_suite.py --executor compiled
 
 bench: $(READY)  ## side-by-side measurements against peers; results in benchmarks/results
 	$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e ".[bench]"
-	$(PY) -m benchmarks.run
+	$(PY) benchmarks/kernels.py
 
 lint: $(READY)  ## ruff, mypy, import contracts
 	$(PY) -m ruff check .

@@ -184,7 +184,7 @@ def test_bench_against_needs_the_model(cli_run: Cli, folder: Path) -> None:
 def test_verify_names_no_bad_layer(cli_run: Cli, folder: Path) -> None:
     done = cli_run("verify", folder / "mlp.bw", folder / "mlp.onnx", "--input", folder / "x.npz")
     assert done.code == 0, done.out + done.err
-    assert "every layer agrees" in done.out
+    assert "every layer agrees with the model" in done.out
 
 
 def test_advise_lists_layers(cli_run: Cli, folder: Path) -> None:

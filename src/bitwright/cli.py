@@ -185,40 +185,36 @@ def verify(
     program: Compiled,
     model: Model,
     input: Annotated[Path, typer.Option("--input", "-i", help=".npz with real inputs by name.")],
-    recipe: Annotated[str | None, typer.Option(help="Recipe of the reference, where the program does not say.")] = None,
+    bound: Annotated[float | None, typer.Option(min=0.0, help="Relative error a layer may have.")] = None,
 ) -> None:
-    """Compare a program with the reference, layer by layer; names the first bad one and exits with 1."""
+    """Compare a program with its model, layer by layer; names the first bad one and exits with 1."""
     from bitwright import cli_io, cli_show, driver
 
-    graph = _load(model)
+    loaded, graph = _program(program), _load(model)
     arrays = cli_io.named(cli_io.load_arrays(input), [v.name for v in graph.inputs], str(input))
-    options = {"recipe": recipe} if recipe else {}
-    result = driver.verify(program, graph, arrays, **options)
-    rows = ((r.layer, cli_show.cells(r.error), "ok" if r.ok else "BAD") for r in result.rows)
-    console = cli_show.console()
-    console.print(cli_show.table(["layer", ">error", ""], rows))
-    bad = next((r.layer for r in result.rows if not r.ok), None)
-    console.print(f"first bad layer: {bad}" if bad else "every layer agrees with the reference", markup=False)
-    if bad:
+    result = driver.verify(loaded, graph, cli_io.first_chunk(arrays, loaded), bound=bound)
+    cli_show.console().print(cli_show.comparison(result))
+    cli_show.console().print(
+        f"first bad layer: {result.first_bad}" if result.first_bad else "every layer agrees with the model",
+        markup=False,
+    )
+    if result.first_bad:
         raise typer.Exit(1)
 
 
 @app.command()
-def advise(model: Model, target: TargetName = "host") -> None:
-    """Say what would pay on a target before anything is compiled: predicted time per layer and choice."""
-    from dataclasses import asdict, is_dataclass
-
+def advise(
+    model: Model,
+    target: TargetName = "host",
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a model with a symbolic batch.")] = 1,
+) -> None:
+    """Say what would pay on a target, layer by layer, before anything is pruned or compiled."""
     from bitwright import cli_show, driver
 
     with _progress() as progress:
         progress(f"reading {model.name}", 0.0)
-        rows: list[dict[str, Any]] = [
-            asdict(r) if is_dataclass(r) and not isinstance(r, type) else dict(r)
-            for r in driver.advise(_load(model), target)
-        ]
-    heads = list(rows[0]) if rows else ["layer"]
-    cells = ([cli_show.cells(v) for v in row.values()] for row in rows)
-    cli_show.console().print(cli_show.table([h.replace("_", " ") for h in heads], cells))
+        rows = driver.advise(_load(model), target, batch=batch)
+    cli_show.console().print(cli_show.advice(rows))
 
 
 # --- graphs as text ------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from bitwright.ir.errors import BitwrightError, InvalidInput, did_you_mean
 if TYPE_CHECKING:
     from bitwright.ir.graph import Graph
     from bitwright.runtime.manifest import TensorSpec
+    from bitwright.runtime.program import Program
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -94,6 +95,14 @@ def batches(arrays: Arrays, graph: Graph) -> list[Arrays]:
         for i in range(0, rows, step)
         if isinstance(size, str) or i + step <= rows
     ]
+
+
+def first_chunk(arrays: Arrays, program: Program) -> Arrays:
+    """As many rows as the program computes at once."""
+    rows = program.manifest.chunks[0]
+    if not program.manifest.batch:
+        return arrays
+    return {t.name: arrays[t.name][: rows * t.factor] if t.factor else arrays[t.name] for t in program.inputs}
 
 
 def random_inputs(specs: Sequence[TensorSpec], batch: int, seed: int = 0) -> list[Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,8 +17,10 @@ from bitwright.runtime.html import formats_text
 from bitwright.runtime.plots import FAMILIES, family, pass_text
 
 if TYPE_CHECKING:
+    from bitwright.advise import Advice
     from bitwright.runtime.program import Program
     from bitwright.runtime.report import Layer, Report
+    from bitwright.verify import Comparison
 
 _PIPE_WIDTH = 170
 _STYLES = {"float": "", "dense": "blue", "sparse": "dark_orange"}
@@ -154,11 +156,32 @@ def layer_story(report: Report, layer: Layer) -> Table:
     return out
 
 
-def cells(value: Any) -> str:
-    """A value of a driver's row as text."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return units.significant(value) if isinstance(value, float) else "" if value is None else str(value)
+def comparison(result: Comparison) -> Table:
+    """One row per layer that program and model both compute."""
+    rows = (
+        (
+            r.layer,
+            r.origin,
+            f"{r.error:.2g}",
+            f"{r.bound:.2g}",
+            Text("ok", "green") if r.ok else Text("BAD", "bold red"),
+        )
+        for r in result.rows
+    )
+    return table(["layer", "written at", ">error", ">bound", ""], rows)
+
+
+def advice(rows: Sequence[Advice]) -> Table:
+    """One row per contraction: its share of the time, what each choice would gain over float, and the verdict."""
+    choices = list(dict.fromkeys(name for r in rows for name in r.gains))
+    cells = (
+        (
+            r.layer, r.shape, units.seconds(r.seconds), units.percent(r.share),
+            *(f"{r.gains[c]:.2f}x" if c in r.gains else "" for c in choices), r.reason,
+        )
+        for r in rows
+    )  # fmt: skip
+    return table(["layer", "weight", ">float", ">share", *(f">{c}" for c in choices), "verdict"], cells)
 
 
 def print_report(report: Report, *, with_passes: bool = True) -> None:
@@ -188,9 +211,8 @@ def pass_story(report: Report, name: str | None, diff: bool) -> None:
     if refused:
         out.print(refusals(part))
     for row in rows if diff else []:
-        text = getattr(row, "diff", "")
         if row.changed:
-            print(text or f"{row.name} changed weight values only")
+            print(row.diff or f"{row.name} changed weight values only")
 
 
 def find_layer(report: Report, name: str) -> Layer:

@@ -15,7 +15,7 @@ from bitwright.ir.errors import BitwrightError
 
 _FLAGS = ("-std=c99", "-O2", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-w")
 _LINK = ("-shared", "-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,--build-id=none", "-Wl,--version-script=exports.map")
-_EXPORTS = "{ global: bw_run; bw_profile; bw_info; bw_abi_version; local: *; };\n"
+_EXPORTS = "{ global: bw_run; bw_profile; bw_trace; bw_info; bw_abi_version; local: *; };\n"
 _TIMEOUT = 300.0
 
 

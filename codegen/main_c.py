@@ -210,6 +210,7 @@ _HEAD = """\
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 199309L
 #endif
+#include <limits.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -234,6 +235,7 @@ typedef struct {
   uint8_t* scratch;
   double* seconds;
   struct timespec* last;
+  int stop; /* the last step to run */
 } bw_call;
 
 /* What a step gets: the call, the first row of its chunk, this thread's scratch. */
@@ -281,7 +283,7 @@ static void bw_chunk(const bw_call* c, const bw_step* steps, int count, int firs
   f.row = row;
   f.scratch = c->scratch + (size_t)t * BW_SCRATCH;
   if (c->seconds) bw_clock(c, t, T, -1);
-  for (i = 0; i < count; i++) {
+  for (i = 0; i < count && first + i <= c->stop; i++) {
     const int32_t b = bw_share(steps[i].tasks, t, T), e = bw_share(steps[i].tasks, t + 1, T);
     if (steps[i].barrier) bw_barrier(T);
     if (b < e) steps[i].run(&f, b, e);
@@ -314,14 +316,20 @@ static int bw_start(const bw_call* c, int threads, int64_t rows) {
 
 BW_EXPORT int bw_run(void** inputs, void** outputs, const uint8_t* weights, uint8_t* arena, uint8_t* scratch,
                      int threads, int64_t rows) {
-  bw_call c = {inputs, outputs, weights, arena, scratch, NULL, NULL};
+  bw_call c = {inputs, outputs, weights, arena, scratch, NULL, NULL, INT_MAX};
   return bw_start(&c, threads, rows);
 }
 
 BW_EXPORT int bw_profile(void** inputs, void** outputs, const uint8_t* weights, uint8_t* arena,
                          uint8_t* scratch, int threads, int64_t rows, double* seconds) {
   struct timespec last;
-  bw_call c = {inputs, outputs, weights, arena, scratch, seconds, &last};
+  bw_call c = {inputs, outputs, weights, arena, scratch, seconds, &last, INT_MAX};
   return bw_start(&c, threads, rows);
+}
+
+BW_EXPORT int bw_trace(void** inputs, void** outputs, const uint8_t* weights, uint8_t* arena, uint8_t* scratch,
+                       int64_t rows, int stop) {
+  bw_call c = {inputs, outputs, weights, arena, scratch, NULL, NULL, stop};
+  return bw_start(&c, 1, rows);
 }
 """

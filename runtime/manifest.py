@@ -56,12 +56,32 @@ class TensorSpec(_Frozen):
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
+class Result(_Frozen):
+    """Where a step leaves its first result, and which value of the captured model it stands for.
+
+    ``space`` arena or output (number ``index``), ``offset`` in bytes. ``reference``: the value's name in the
+    captured graph, empty when it has none. Codes mean (code - zero) * scale when ``scale`` is given;
+    ``last``: the value is laid out channels last, the reference channels first.
+    """
+
+    space: str
+    index: int = 0
+    offset: Bytes = 0
+    dtype: str = "f32"
+    shape: tuple[int, ...] = ()
+    reference: str = ""
+    scale: float | None = None
+    zero: int = 0
+    last: bool = False
+
+
 class StepRow(_Frozen):
     """One step of the program in the order ``bw_profile`` counts; ``rows`` of the chunk it belongs to."""
 
     label: str
     kernel: str
     rows: int = 1
+    result: Result | None = None
 
 
 class Manifest(_Frozen):

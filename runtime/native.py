@@ -108,16 +108,21 @@ class Library:
         self.profile = self._library.bw_profile
         self.profile.argtypes = [*pointers, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p]
         self.profile.restype = ctypes.c_int
+        self.trace = self._library.bw_trace
+        self.trace.argtypes = [*pointers, ctypes.c_int64, ctypes.c_int]
+        self.trace.restype = ctypes.c_int
 
     def _read_info(self) -> dict[str, Any]:
         try:
             version = ctypes.c_int32.in_dll(self._library, "bw_abi_version").value
             info = self._library.bw_info
-            _ = self._library.bw_run, self._library.bw_profile
+            if version != ABI_VERSION:
+                raise InvalidInput(
+                    f"program.so has ABI {version}, this bitwright calls {ABI_VERSION}: compile it again"
+                )
+            _ = self._library.bw_run, self._library.bw_profile, self._library.bw_trace
         except (ValueError, AttributeError) as error:
             raise InvalidInput(f"program.so is not a bitwright program: {error}") from error
-        if version != ABI_VERSION:
-            raise InvalidInput(f"program.so has ABI {version}, this bitwright calls {ABI_VERSION}: compile it again")
         info.restype = ctypes.c_char_p
         try:
             answer = json.loads(info())

@@ -67,8 +67,8 @@ class Contract(Template):
         isa = cast(Isa, target.isa)
         if why := contract.supports(spec, isa):
             return Refused(why)
-        epilogue = PointwiseEpilogue(body, root)
-        if isinstance(epilogue, Refused) or (why := epilogue.refusal()):
+        epilogue = PointwiseEpilogue(body, root, target.isa)
+        if why := epilogue.refusal():
             return Refused(f"epilogue: {why}")
         knobs = contract.knobs(spec, isa, weight)
         tasks, scratch, packed = _extent(spec, knobs)
@@ -94,7 +94,7 @@ class Contract(Template):
         assert isinstance(config, ContractConfig)
         root = root_of(body)
         assert root is not None
-        return contract.emit(config.spec, config.knobs, PointwiseEpilogue(body, root), symbol).primfunc
+        return contract.emit(config.spec, config.knobs, PointwiseEpilogue(body, root, config.isa), symbol).primfunc
 
     def kernel_body(self, body: Graph) -> Graph:
         """The body without the zero point, which is folded into packed constants: more layers share a kernel."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bitwright.ir import errors
 
 if TYPE_CHECKING:
-    from bitwright.driver import capture, compile, load, load_graph, load_onnx, optimize
+    from bitwright.driver import advise, capture, compile, load, load_graph, load_onnx, optimize, verify
     from bitwright.ir.graph import Graph
     from bitwright.ir.target import Target
     from bitwright.runtime.program import Program
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    **{n: "bitwright.driver" for n in ("capture", "compile", "load", "load_graph", "load_onnx", "optimize")},
+    **{
+        n: "bitwright.driver"
+        for n in ("advise", "capture", "compile", "load", "load_graph", "load_onnx", "optimize", "verify")
+    },
     "Graph": "bitwright.ir.graph",
     "Target": "bitwright.ir.target",
     "Program": "bitwright.runtime.program",
@@ -42,6 +45,7 @@ __all__ = [
     "Graph",
     "Program",
     "Target",
+    "advise",
     "capture",
     "compile",
     "errors",
@@ -49,4 +53,5 @@ __all__ = [
     "load_graph",
     "load_onnx",
     "optimize",
+    "verify",
 ]

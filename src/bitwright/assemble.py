@@ -25,9 +25,10 @@ from bitwright.ir.target import Target
 from bitwright.ir.text import show
 from bitwright.ir.types import symbols_of
 from bitwright.runtime.artifact import Contents
-from bitwright.runtime.manifest import Manifest, StepRow, TensorSpec
+from bitwright.runtime.manifest import Manifest, Result, StepRow, TensorSpec
 from bitwright.runtime.program import Program
 from bitwright.runtime.report import Formats, Layer, PassRow, Refusal, Report
+from bitwright.verify import results_of
 
 Progress = Callable[[str, float], None]
 _DIFF_LIMIT = 100_000
@@ -80,7 +81,8 @@ def assemble(
         "weight_bytes": float(built.plan.weights_bytes),
         "predicted_seconds": float(sum(x.predicted_seconds or 0.0 for x in report.layers)),
     }
-    manifest = _manifest(graph, bound, target, built, symbol, rows, threads)
+    results = results_of(built.plan, built.graph, graph, quantized.get("quantized"))
+    manifest = _manifest(graph, bound, target, built, symbol, rows, threads, results)
     contents = Contents(manifest, show(built.graph), built.library, built.weights, report.to_json())
     program = Program(contents, threads=threads)
     return with_measured(program, example_inputs(program, calibration)) if measure else program
@@ -157,7 +159,14 @@ def _row_bytes(t: Any, rows: int) -> int:
 
 
 def _manifest(
-    graph: Graph, bound: Graph, target: Target, built: Built, symbol: str, rows: int, threads: int
+    graph: Graph,
+    bound: Graph,
+    target: Target,
+    built: Built,
+    symbol: str,
+    rows: int,
+    threads: int,
+    results: dict[str, Result],
 ) -> Manifest:
     import bitwright
 
@@ -167,7 +176,9 @@ def _manifest(
         TensorSpec(name=n, dtype=str(ports.types[o].dtype), shape=ports.types[o].shape)
         for n, o in zip(ports.output_names, ports.outputs, strict=True)
     )
-    steps = tuple(StepRow(label=s.label, kernel=s.kernel_symbol, rows=rows) for s in built.plan.steps)
+    steps = tuple(
+        StepRow(label=s.label, kernel=s.kernel_symbol, rows=rows, result=results.get(s.label)) for s in built.plan.steps
+    )
     return Manifest(
         name=graph.name, target=target.name, arch="x86_64", inputs=inputs, outputs=outputs, batch=symbol,
         chunks=(rows,), arena_bytes=built.plan.arena_bytes, scratch_bytes=built.plan.scratch_bytes,
@@ -223,8 +234,8 @@ def _layer(k: Kernel, graph: Graph, target: Target, errors: dict[str, float], re
             x=str(body.types[root.inputs[0]].dtype), w=str(w.dtype), acc=str(root.type.dtype), out=formats.out
         )
         pattern, origin = str(w.encoding or ""), root.origin or origin
-        array = graph.constant(k.node.inputs[[v.name for v in body.inputs].index(root.inputs[1])]) if root.inputs[1] in {
-            v.name for v in body.inputs} else None  # fmt: skip
+        outer = dict(zip((v.name for v in body.inputs), k.node.inputs, strict=True)).get(root.inputs[1])
+        array = graph.constant(outer) if outer is not None else None
         kept = density(array) if isinstance(array, np.ndarray) else None
     for n in heads:
         for key in (n.output, n.origin, *(i for i in n.inputs)):

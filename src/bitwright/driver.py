@@ -162,7 +162,7 @@ def lower(
     from bitwright.passes.pipelines import standard
 
     context = Context(target, batches(calibration), progress)
-    pipeline = standard(recipe) + (ChannelsLast(), FoldViews(), Fuse())
+    pipeline = standard(recipe) + [ChannelsLast(), FoldViews(), Fuse()]
     diff = Diff()
     instruments: list[Any] = [diff, *([Dump(Path(dump))] if dump else [])]
     if keep is not None:
@@ -228,6 +228,24 @@ def compile(
         graph, machine, recipe, batches(calibration), threads=threads, batch=batch, dump=dump,
         cache=Cache(cache_dir), workers=workers, progress=progress, measure=measure, began=began,
     )  # fmt: skip
+
+
+def verify(
+    program: Program | str | Path, model: Any, inputs: Any, *, bound: float | None = None, example_inputs: Any = None
+) -> Any:
+    """Compare a program with the model it was made from, layer by layer; see :mod:`bitwright.verify`."""
+    from bitwright.verify import verify_program
+
+    loaded = program if isinstance(program, Program) else load(program)
+    return verify_program(loaded, to_graph(model, example_inputs), inputs, bound)
+
+
+def advise(model: Any, target: str | Target = "host", *, batch: int = 1, example_inputs: Any = None) -> list[Any]:
+    """What each number format and pattern would gain per layer, before anything is pruned."""
+    from bitwright.advise import advise as advise_graph
+
+    graph, _ = optimize(to_graph(model, example_inputs), "simplify, fold-batch-norm")
+    return advise_graph(graph, resolve(target), batch)
 
 
 __all__ = [

@@ -1,0 +1,124 @@
+"""The pointwise program behind a contraction, run on the accumulators while they are in registers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from bitwright.codegen.tvm.contract.epilogue import EpilogueParam
+from bitwright.codegen.tvm.pointwise import emit_pointwise, needs_exact, why_unsupported
+from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, const
+from bitwright.codegen.tvm.vecmath import keep
+from bitwright.ir import ops
+from bitwright.ir.graph import Graph, Node
+from bitwright.ir.types import TensorType
+
+_SCALED = (ops.Quantize, ops.Dequantize, ops.Requantize)
+_HEAVY = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish pow sin cos tan".split())
+_WEIGHT = {ops.Requantize: 8, ops.Quantize: 3}
+
+
+@dataclass(frozen=True)
+class PointwiseEpilogue:
+    """Evaluates the pointwise nodes of ``body`` behind ``root`` on each vector of accumulators and stores the result.
+
+    ``operands`` are the positions of the body's inputs it reads, in the order of its parameters.
+    """
+
+    body: Graph
+    root: Node
+    isa: str = "portable"
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """The pointwise nodes in order."""
+        return tuple(n for n in self.body.nodes if n is not self.root and not isinstance(n.op, ops.Constant))
+
+    @cached_property
+    def operands(self) -> tuple[int, ...]:
+        position = {v.name: i for i, v in enumerate(self.body.inputs)}
+        return tuple(dict.fromkeys(position[x] for n in self.nodes for x in n.inputs if x in position))
+
+    @property
+    def params(self) -> Sequence[EpilogueParam]:
+        inputs = self.body.inputs
+        reads = [EpilogueParam(f"e{i}", inputs[i].type.dtype, inputs[i].type.size) for i in self.operands]
+        out = self.body.types[self.body.outputs[0]]
+        return (*reads, EpilogueParam("out", out.dtype, out.size))
+
+    @property
+    def heavy(self) -> bool:
+        steps = sum(
+            10 if getattr(n.op, "fn", "") in _HEAVY else _WEIGHT.get(type(n.op), 1) for n in self.nodes
+        )
+        return steps > 10
+
+    def refusal(self) -> str:
+        """Why this program cannot run as an epilogue, or the empty string."""
+        shape = self.root.type.shape
+        if len(self.body.outputs) != 1:
+            return "more than one result"
+        for n in self.nodes:
+            if n.type.shape != shape:
+                return f"{n.op.spelling} changes the shape"
+            if why := why_unsupported(n.op, [self.body.types[x].dtype for x in n.inputs]):
+                return why
+            axis = getattr(n.op, "axis", None)
+            if isinstance(n.op, _SCALED) and (getattr(n.op, "group", 0) or axis not in (None, len(shape) - 1, -1)):
+                return f"{n.op.spelling} along axis {axis}"
+        return ""
+
+    def store(
+        self, b: Builder, pointers: Mapping[str, Pointer], acc: Vec, row: Index, col: Index, valid: int
+    ) -> None:
+        values: dict[str, Vec] = {self.root.output: keep(b, acc)}
+        position = {v.name: i for i, v in enumerate(self.body.inputs)}
+        exact = needs_exact(self.body)
+        for n in self.body.nodes:
+            if n is self.root:
+                continue
+            if isinstance(n.op, ops.Constant):
+                values[n.output] = const(n.op.values[0], n.type.dtype, acc.lanes)
+                continue
+            for x in n.inputs:
+                if x not in values:
+                    t = self.body.inputs[position[x]].type
+                    values[x] = keep(b, self._load(b, pointers[f"e{position[x]}"], t, row, col, acc.lanes))
+            result = emit_pointwise(b, n.op, [values[x] for x in n.inputs], isa=self.isa, exact=exact)
+            values[n.output] = keep(b, result)
+        cols = int(self.root.type.shape[-1])
+        b.store(pointers["out"], row * cols + col, values[self.body.outputs[0]], valid)
+
+    def _load(self, b: Builder, pointer: Pointer, t: TensorType, row: Index, col: Index, lanes: int) -> Vec:
+        """The operand's values at (row, col .. col + lanes), broadcast as NumPy does."""
+        shape, full = t.static_shape, self.root.type.static_shape
+        if math.prod(shape) == 1:
+            return b.load(pointer, 0).spread(lanes)
+        cols = full[-1]
+        wide = shape[-1] == cols
+        lead = (1,) * (len(full) - len(shape)) + shape[:-1]
+        offset = _offset(row, lead, full[:-1])
+        if wide and (cols > 1 or shape == full):
+            return b.load(pointer, offset * cols + col, lanes)
+        return b.load(pointer, offset).spread(lanes)
+
+
+def _offset(row: Index, lead: tuple[int, ...], full: tuple[int, ...]) -> Index:
+    """The operand's row number for output row ``row``: axes of size 1 are broadcast."""
+    if math.prod(lead) == 1:
+        return 0
+    if lead == full:
+        return row
+    total: Index = 0
+    below, stride = math.prod(full), 1
+    strides = []
+    for d in reversed(lead):
+        strides.append(stride)
+        stride *= d
+    for size, mine, step in zip(full, lead, reversed(strides), strict=True):
+        below //= size
+        if mine > 1:
+            total = total + row // below % size * step
+    return total

@@ -28,7 +28,7 @@ from bitwright.runtime.artifact import Contents
 from bitwright.runtime.manifest import Manifest, Result, StepRow, TensorSpec
 from bitwright.runtime.program import Program
 from bitwright.runtime.report import Formats, Layer, PassRow, Refusal, Report
-from bitwright.verify import results_of
+from bitwright.comparison import results_of
 
 Progress = Callable[[str, float], None]
 _DIFF_LIMIT = 100_000

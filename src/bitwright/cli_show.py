@@ -17,10 +17,10 @@ from bitwright.runtime.html import formats_text
 from bitwright.runtime.plots import FAMILIES, family, pass_text
 
 if TYPE_CHECKING:
-    from bitwright.advise import Advice
+    from bitwright.advice import Advice
     from bitwright.runtime.program import Program
     from bitwright.runtime.report import Layer, Report
-    from bitwright.verify import Comparison
+    from bitwright.comparison import Comparison
 
 _PIPE_WIDTH = 170
 _STYLES = {"float": "", "dense": "blue", "sparse": "dark_orange"}

@@ -233,8 +233,8 @@ def compile(
 def verify(
     program: Program | str | Path, model: Any, inputs: Any, *, bound: float | None = None, example_inputs: Any = None
 ) -> Any:
-    """Compare a program with the model it was made from, layer by layer; see :mod:`bitwright.verify`."""
-    from bitwright.verify import verify_program
+    """Compare a program with the model it was made from, layer by layer; see :mod:`bitwright.comparison`."""
+    from bitwright.comparison import verify_program
 
     loaded = program if isinstance(program, Program) else load(program)
     return verify_program(loaded, to_graph(model, example_inputs), inputs, bound)
@@ -242,7 +242,7 @@ def verify(
 
 def advise(model: Any, target: str | Target = "host", *, batch: int = 1, example_inputs: Any = None) -> list[Any]:
     """What each number format and pattern would gain per layer, before anything is pruned."""
-    from bitwright.advise import advise as advise_graph
+    from bitwright.advice import advise as advise_graph
 
     graph, _ = optimize(to_graph(model, example_inputs), "simplify, fold-batch-norm")
     return advise_graph(graph, resolve(target), batch)

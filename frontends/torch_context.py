@@ -68,8 +68,8 @@ def dtype_from_torch(dtype: torch.dtype) -> DType:
     return DTYPES[dtype]
 
 
-def dim_from_torch(size: Any, names: Mapping[str, str]) -> Dim:
-    """A shape entry from a size; refuses what is no product of symbols."""
+def dim_from_torch(size: Any, names: Mapping[str, str], known: Mapping[str, int]) -> Dim:
+    """A shape entry from a size; refuses what is no product of symbols. ``known`` sizes were fixed by constants."""
     if isinstance(size, int):
         return size
     expr = size.node.expr
@@ -78,6 +78,8 @@ def dim_from_torch(size: Any, names: Mapping[str, str]) -> Dim:
         base, exponent = part.as_base_exp()
         if part.is_Integer:
             factor *= int(part)
+        elif str(part) in known:
+            factor *= known[str(part)]
         elif base.is_Symbol and exponent.is_Integer and exponent > 0 and str(base) in names:
             symbols += [names[str(base)]] * int(exponent)
         else:
@@ -124,6 +126,8 @@ class Context:
         self.symbols = symbols
         self.node: torch.fx.Node = None  # type: ignore[assignment]
         self.origin = ""
+        self.known: dict[str, int] = {}
+        self.iotas: set[str] = set()
         self.tied: dict[tuple[Any, ...], str] = {}
 
     # --- facts ---------------------------------------------------------------------------------------------
@@ -134,7 +138,13 @@ class Context:
         return self.node.meta["val"]
 
     def dim(self, size: Any) -> Dim:
-        return dim_from_torch(size, self.symbols)
+        return dim_from_torch(size, self.symbols, self.known)
+
+    def learn(self, fake: torch.Tensor, value: str) -> None:
+        """Sizes that torch leaves open (places selected by a constant mask) are those we found."""
+        for size, have in zip(fake.shape, self.shape(value), strict=False):
+            if isinstance(size, torch.SymInt) and isinstance(have, int) and str(size.node.expr) not in self.symbols:
+                self.known.setdefault(str(size.node.expr), have)
 
     def fake_type(self, fake: torch.Tensor) -> TensorType:
         return TensorType(dtype_from_torch(fake.dtype), tuple(self.dim(d) for d in fake.shape))
@@ -275,7 +285,9 @@ class Context:
         """0, 1, ... size-1 as s64; for a symbolic size a running sum of ones."""
         if isinstance(size, int):
             return self.constant(np.arange(size, dtype=np.int64))
-        return self.emit(ops.CumSum(0, exclusive=True), self.expand(self.constant(1, S64), (size,)))
+        count = self.emit(ops.CumSum(0, exclusive=True), self.expand(self.constant(1, S64), (size,)))
+        self.iotas.add(count)
+        return count
 
     def size_value(self, size: Dim) -> str:
         """A symbolic size as an s64 scalar: a sum of ones."""

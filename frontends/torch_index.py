@@ -29,7 +29,9 @@ def _embedding(cx: Context, weight: str, index: str, *_: Any, **__: Any) -> str:
 
 def _positions(cx: Context, x: str, indices: Sequence[str | None]) -> tuple[list[int], list[str]]:
     """Indexed axes and integer indices; constant masks become the places where they are true."""
-    axes, found, axis = [], [], 0
+    axes: list[int] = []
+    found: list[str] = []
+    axis = 0
     for index in indices:
         if index is None:
             axis += 1
@@ -79,10 +81,42 @@ def _settle(cx: Context, y: str, width: int, at: int, back: bool = False) -> str
     return cx.transpose(y, order)
 
 
+def _counts(cx: Context, index: str, size: Dim) -> int | None:
+    """The axis (from the end, from 1) along which an index counts 0 to size-1; 0: a lone zero; None: neither."""
+    shape = cx.shape(index)
+    long = [i for i, d in enumerate(shape) if d != 1]
+    if len(long) > 1 or (shape[long[0]] if long else 1) != size:
+        return None
+    array = cx.literal(index)
+    if array is None:
+        while isinstance((node := cx.b.defined_by.get(index)) and node.op, ops.Reshape):
+            index = node.inputs[0]  # type: ignore[union-attr]
+        if index not in cx.iotas:
+            return None
+    elif array.reshape(-1).tolist() != list(range(array.size)):
+        return None
+    return len(shape) - long[0] if long else 0
+
+
+def _view_of(cx: Context, x: str, axes: list[int], found: list[str]) -> str | None:
+    """x indexed by whole ranges along different result axes: a transposition with axes of size 1 between."""
+    places = [_counts(cx, i, cx.shape(x)[a]) for a, i in zip(axes, found, strict=True)]
+    used = [p for p in places if p]
+    if None in places or len(set(used)) != len(used):
+        return None
+    shape = _broadcast([cx.shape(i) for i in found])
+    order = sorted(range(len(axes)), key=lambda k: -(places[k] or 0))
+    y = cx.transpose(x, _fronted(cx.rank(x), [axes[k] for k in order]))
+    y = cx.reshape(y, shape + cx.shape(y)[len(axes) :])
+    return _settle(cx, y, len(shape), _landing(axes))
+
+
 def _index(cx: Context, x: str, indices: Sequence[str | None]) -> str:
     axes, found = _positions(cx, x, indices)
     if not axes:
         return x
+    if (view := _view_of(cx, x, axes, found)) is not None:
+        return view
     if len(axes) == 1:
         return cx.emit(ops.Gather(axes[0]), x, found[0])
     index = _stacked(cx, found)
@@ -225,14 +259,25 @@ def random_numbers(cx: Context, *_: Any, **__: Any) -> str:
     raise cx.refuse("it draws random numbers", "pass the random tensor as an input, or remove it for inference")
 
 
-_RANDOM = "rand.default rand_like.default randn.default randn_like.default randint.low randint.default bernoulli.default " \
-    "bernoulli.p multinomial.default normal.float_float randperm.default uniform.default exponential.default " \
-    "native_dropout.default randint_like.default randint_like.low_dtype normal_functional.default"  # fmt: skip
-_DATA_SIZED = "nonzero.default masked_select.default unique2.default _unique2.default unique_consecutive.default " \
-    "unique_dim.default bincount.default repeat_interleave.Tensor item.default _local_scalar_dense.default " \
-    "nonzero_static.default equal.default masked_scatter.default"  # fmt: skip
+def _native_dropout(cx: Context, x: str, p: float, train: bool | None) -> tuple[str, None]:
+    if train and p:
+        raise cx.refuse("dropout is active", "export the module in eval() mode")
+    return x, None
+
+
+_RANDOM = """
+    rand.default rand_like.default randn.default randn_like.default randint.low randint.default bernoulli.default
+    bernoulli.p multinomial.default normal.float_float randperm.default uniform.default exponential.default
+    randint_like.default randint_like.low_dtype normal_functional.default
+"""
+_DATA_SIZED = """
+    nonzero.default masked_select.default unique2.default _unique2.default unique_consecutive.default unique_dim.default
+    bincount.default repeat_interleave.Tensor item.default _local_scalar_dense.default nonzero_static.default
+    equal.default masked_scatter.default
+"""
 
 TABLE: dict[str, Handler] = {
+    "aten.native_dropout.default": _native_dropout,
     "aten.gather.default": _gather, "aten.index_select.default": _index_select, "aten.embedding.default": _embedding,
     "aten.index.Tensor": _index, "aten._unsafe_index.Tensor": _index,
     "aten.index_put.default": _index_put, "aten._unsafe_index_put.default": _index_put,

@@ -85,21 +85,13 @@ def widen_batch(args: Any, arguments: dict[str, Any]) -> Any:
     return _map(args, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t)
 
 
-class DimTable:
-    """torch.export.Dim objects by name, so that users may write plain strings."""
-
-    def __init__(self) -> None:
-        self.dims: dict[str, Any] = {}
-
-    def convert(self, spec: Any) -> Any:
-        """The dynamic_shapes with strings replaced by Dims."""
-        if isinstance(spec, str):
-            return self.dims.setdefault(spec, torch.export.Dim(spec))
-        if isinstance(spec, dict):
-            return {k: self.convert(v) for k, v in spec.items()}
-        if isinstance(spec, (list, tuple)):
-            return type(spec)(self.convert(v) for v in spec)
-        return spec
+def torch_specs(spec: Any) -> Any:
+    """The dynamic_shapes with plain names replaced by Dim.DYNAMIC, whose range torch finds out itself."""
+    if isinstance(spec, str):
+        return torch.export.Dim.DYNAMIC
+    if isinstance(spec, dict):
+        return {k: torch_specs(v) for k, v in spec.items()}
+    return type(spec)(torch_specs(v) for v in spec) if isinstance(spec, (list, tuple)) else spec
 
 
 def _leaf_specs(tree: Any, spec: Any) -> Iterator[Any]:
@@ -117,7 +109,7 @@ def _leaf_specs(tree: Any, spec: Any) -> Iterator[Any]:
 
 
 def _dim_name(dim: Any) -> str | None:
-    name = getattr(dim, "__name__", None)
+    name = dim if isinstance(dim, str) else getattr(dim, "__name__", None)
     return name if isinstance(name, str) and name.isidentifier() else None
 
 

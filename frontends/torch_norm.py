@@ -269,7 +269,8 @@ TABLE: dict[str, Handler] = {
     **{f"aten.max_pool{n}d_with_indices.default": _with_indices(_max_pool(n)) for n in (1, 2, 3)},
     **{f"aten._adaptive_avg_pool{n}d.default": _adaptive_avg(n) for n in (2, 3)},
     **{f"aten.upsample_nearest{n}d.{o}": _resize("nearest") for n in (1, 2, 3) for o in ("vec", "default")},
-    **{f"aten._upsample_nearest_exact{n}d.{o}": _resize("nearest", True) for n in (1, 2, 3) for o in ("vec", "default")},
+    **{f"aten._upsample_nearest_exact{n}d.{o}": _resize("nearest", True)
+       for n in (1, 2, 3) for o in ("vec", "default")},
     **{f"aten.upsample_{k}.{o}": _resize(m) for o in ("vec", "default") for k, m in (
         ("linear1d", "linear"), ("bilinear2d", "linear"), ("trilinear3d", "linear"), ("bicubic2d", "cubic"))},
     **{f"aten._upsample_{k}2d_aa.{o}": _resize_antialiased(f"_upsample_{k}2d_aa") for k in ("bilinear", "bicubic")

@@ -286,6 +286,43 @@ def _nan_to_num(cx: Context, x: str, nan: Any = None, posinf: Any = None, neginf
     return y
 
 
+def _round(cx: Context, x: str, *, decimals: int = 0) -> str:
+    scale = cx.constant(10.0**decimals, cx.dtype(x))
+    return cx.binary("div", cx.unary("round", cx.binary("mul", x, scale)), scale)
+
+
+def _hypot(cx: Context, x: str, y: str) -> str:
+    return cx.unary("sqrt", cx.binary("add", cx.unary("square", x), cx.unary("square", y)))
+
+
+def _xlogy(cx: Context, x: Any, y: Any) -> str:
+    dtype = cx.out.dtype
+    a, b = cx.as_value(x, dtype), cx.as_value(y, dtype)
+    zero = cx.constant(0, dtype)
+    product = cx.emit(ops.Where(), cx.binary("eq", a, zero), zero, cx.binary("mul", a, cx.unary("log", b)))
+    return cx.emit(ops.Where(), cx.unary("isnan", b), b, product)
+
+
+def _signbit(cx: Context, x: str) -> str:
+    """True for negative numbers and for the negative zero, whose reciprocal is -inf."""
+    zero = cx.constant(0, cx.dtype(x))
+    below = cx.binary("lt", x, zero)
+    if not cx.dtype(x).is_float:
+        return below
+    negative_zero = cx.binary("and", cx.binary("eq", x, zero), cx.binary("lt", cx.unary("reciprocal", x), zero))
+    return cx.binary("or", below, negative_zero)
+
+
+def _copysign(cx: Context, x: str, y: Any) -> str:
+    dtype = cx.out.dtype
+    size = cx.unary("abs", cx.cast(x, dtype))
+    return cx.emit(ops.Where(), _signbit(cx, cx.as_value(y, dtype)), cx.unary("neg", size), size)
+
+
+def _copy(cx: Context, x: str, source: str, non_blocking: bool = False) -> str:
+    return cx.expand(cx.cast(source, cx.dtype(x)), cx.out.shape)
+
+
 def _heaviside(cx: Context, x: str, values: str) -> str:
     zero, one = cx.constant(0, cx.dtype(x)), cx.constant(1, cx.dtype(x))
     step = cx.emit(ops.Where(), cx.binary("gt", x, zero), one, zero)
@@ -347,5 +384,8 @@ TABLE: dict[str, Handler] = {
     "aten.exp2.default": _exp2, "aten.erfc.default": _erfc, "aten.addcmul.default": _addc("mul"),
     "aten.addcdiv.default": _addc("div"), "aten.lerp.Scalar": _lerp, "aten.lerp.Tensor": _lerp,
     "aten.logaddexp.default": _logaddexp, "aten.nan_to_num.default": _nan_to_num,
+    "aten.round.decimals": _round, "aten.hypot.default": _hypot, "aten.signbit.default": _signbit,
+    "aten.copysign.Tensor": _copysign, "aten.copysign.Scalar": _copysign, "aten.copy.default": _copy,
+    **{f"aten.xlogy.{o}": _xlogy for o in ("Tensor", "Scalar_Self", "Scalar_Other")},
     "aten.heaviside.default": _heaviside, "aten.one_hot.default": _one_hot,
 }  # fmt: skip

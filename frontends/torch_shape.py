@@ -46,8 +46,8 @@ def _t(cx: Context, x: str) -> str:
 
 
 def _clip(bound: Any, size: int) -> int:
-    bound = int(bound)
-    return min(max(bound + size if bound < 0 else bound, 0), size)
+    at = int(bound)
+    return min(max(at + size if at < 0 else at, 0), size)
 
 
 def _slice(cx: Context, x: str, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> str:
@@ -239,13 +239,15 @@ def _fill(cx: Context, x: str, value: Any) -> str:
 TABLE: dict[str, Handler] = {
     **{f"aten.{name}": _view for name in (
         "view.default", "_unsafe_view.default", "reshape.default", "view_copy.default", "unsqueeze.default",
-        "squeeze.default", "squeeze.dim", "squeeze.dims", "flatten.using_ints", "unflatten.int", "_reshape_alias.default",
-        "reshape_as.default", "view_as.default", "squeeze_copy.dim", "unsqueeze_copy.default", "_reshape_copy.default")},
+        "squeeze.default", "squeeze.dim", "squeeze.dims", "flatten.using_ints", "unflatten.int",
+        "_reshape_alias.default", "reshape_as.default", "view_as.default", "squeeze_copy.dim", "unsqueeze_copy.default",
+        "_reshape_copy.default")},
     "aten.view.dtype": _view_dtype,
     "aten.expand.default": _expand, "aten.expand_copy.default": _expand, "aten.expand_as.default": _expand,
     "aten.broadcast_to.default": _expand,
     "aten.permute.default": _permute, "aten.permute_copy.default": _permute,
-    **{f"aten.{name}": _swap for name in ("transpose.int", "transpose_copy.int", "swapaxes.default", "swapdims.default")},
+    **{f"aten.{name}": _swap for name in (
+        "transpose.int", "transpose_copy.int", "swapaxes.default", "swapdims.default")},
     "aten.t.default": _t, "aten.t_copy.default": _t, "aten.numpy_T.default": _t,
     "aten.mT.default": lambda cx, x: _swap(cx, x, -2, -1),
     "aten.slice.Tensor": _slice, "aten.slice_copy.Tensor": _slice,
@@ -256,14 +258,14 @@ TABLE: dict[str, Handler] = {
         "unsafe_split_with_sizes.default")},
     "aten.unbind.int": _unbind, "aten.unbind_copy.int": _unbind,
     "aten.cat.default": _cat, "aten.concat.default": _cat, "aten.concatenate.default": _cat,
-    "aten.stack.default": _stack, "aten.repeat.default": _repeat, "aten.tile.default": _repeat,
+    "aten.stack.default": _stack, "aten.repeat.default": _repeat,
     "aten.flip.default": _flip, "aten.roll.default": _roll,
     "aten.pad.default": _pad, "aten.constant_pad_nd.default": _pad_as("constant"),
     **{f"aten.{k}_pad{n}d.default": _pad_as(m) for n in (1, 2, 3) for k, m in (
         ("reflection", "reflect"), ("replication", "replicate"))},
     "aten.tril.default": _triangle(False), "aten.triu.default": _triangle(True), "aten.unfold.default": _unfold,
-    "aten.full.default": _full, "aten.full_like.default": _full, "aten.new_full.default": lambda cx, x, size, value, **_:
-        _filled(cx, value),
+    "aten.full.default": _full, "aten.full_like.default": _full,
+    "aten.new_full.default": lambda cx, x, size, value, **_: _filled(cx, value),
     **{f"aten.{p}{name}{s}.default": _fill_with(v) for name, v in (("zeros", 0), ("ones", 1), ("empty", 0))
        for p, s in (("", ""), ("new_", ""), ("", "_like"))},
     "aten.empty.memory_format": _fill_with(0), "aten.empty_strided.default": _fill_with(0),

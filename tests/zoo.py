@@ -5,6 +5,7 @@ Every builder takes ``size`` and returns ``(module, example_inputs)`` with the m
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -301,7 +302,7 @@ class UNet(nn.Module):
         super().__init__()
         sizes = [width << i for i in range(levels)]
         self.down = nn.ModuleList([DoubleConv(a, b) for a, b in zip([3, *sizes[:-1]], sizes, strict=True)])
-        self.up = nn.ModuleList([nn.ConvTranspose2d(b, a, 2, 2) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.up = nn.ModuleList([nn.ConvTranspose2d(b, a, 2, 2) for a, b in itertools.pairwise(sizes)])
         self.join = nn.ModuleList([DoubleConv(2 * a, a) for a in sizes[:-1]])
         self.middle = nn.Conv2d(sizes[0], sizes[0], 3, padding=1)
         self.out = nn.Conv2d(sizes[0], 2, 1)
@@ -440,9 +441,9 @@ def gpt2_small(size: Size) -> Built:
     width, heads, length = (32, 4, 12) if size == "tiny" else (768, 12, 128)
     config = GPT2Config(
         vocab_size=VOCABULARY["tiny"] if size == "tiny" else 50257, n_embd=width, n_head=heads, n_layer=2,
-        n_positions=64 if size == "tiny" else 1024,
+        n_positions=64 if size == "tiny" else 1024, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    return Output(GPT2LMHeadModel(config), "logits", use_cache=False), (torch.randint(0, 99, (2, length)),)
+    return Masked(GPT2LMHeadModel(config), "logits", use_cache=False), tokens(size, 2, length)
 
 
 @seeded

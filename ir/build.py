@@ -26,15 +26,18 @@ class Builder:
         self.weights = weights or Weights()
         self.new_weights: dict[str, Handle] = {}
         self.defined_by: dict[str, Node] = {}
+        self._numbered: dict[str, int] = {}  # where the search for a free number of a stem goes on
+        self._keys: dict[str, int] = {}
 
     def fresh(self, stem: str) -> str:
         """A value name not used yet that starts with ``stem``."""
         stem = stem or "v"
         if stem not in self.types:
             return stem
-        n = 1
+        n = self._numbered.get(stem, 1)
         while f"{stem}.{n}" in self.types:
             n += 1
+        self._numbered[stem] = n
         return f"{stem}.{n}"
 
     def input(self, name: str, type: TensorType) -> str:
@@ -80,9 +83,17 @@ class Builder:
         handle = source if isinstance(source, Handle) else Handle(source)
         type = type or TensorType(dtype_of(handle.array.dtype), handle.array.shape)
         if self.new_weights.get(key) is not handle and self.weights.get(key) is not handle:
-            key = self.weights.fresh_key(key, set(self.new_weights))
+            key = self._fresh_key(key)
             self.new_weights[key] = handle
         return self.append(Weight(key), (), (name or key,), (type,), origin)[0]
+
+    def _fresh_key(self, stem: str) -> str:
+        key, n = stem, self._keys.get(stem, 0)
+        while key in self.weights or key in self.new_weights:
+            n += 1
+            key = f"{stem}.{n}"
+        self._keys[stem] = n
+        return key
 
     def constant(self, values: Any, type: TensorType | None = None, *, name: str = "", origin: str = "") -> str:
         """A small literal (up to 64 elements); larger ones become weights."""

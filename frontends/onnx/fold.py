@@ -21,15 +21,15 @@ LARGEST_CONSTANT = 1 << 30
 class Folder:
     """Folds operators; ``budget`` bounds all bytes written by folding in one import."""
 
-    def __init__(self, limit: int, budget: int = 4 << 30) -> None:
+    def __init__(self, limit: int, budget: int = 2 << 30) -> None:
         self.limit, self.budget = limit, budget
 
-    def fold(self, op: ops.Op, xs: Sequence[Val], types: Sequence[TensorType]) -> tuple[Val, ...] | None:
+    def fold(self, op: ops.Op, xs: Sequence[Val], types: Sequence[TensorType], place: str) -> tuple[Val, ...] | None:
         """The results when the operands are known (up to symbols) and small enough, else None."""
         if not xs or isinstance(op, ops.Dequantize):
             return None
         if all(x.handle is not None for x in xs):
-            return self._known(op, xs, types)
+            return self._known(op, xs, types, place)
         if all(x.handle is not None or x.entries is not None for x in xs) and len(types) == 1:
             return self._symbolic(op, xs, types[0])
         return None
@@ -47,15 +47,15 @@ class Folder:
             return (Val(kind, entries=out),)
         return (Val(kind, Handle(out.astype(kind.dtype.numpy))),)
 
-    def _known(self, op: ops.Op, xs: Sequence[Val], types: Sequence[TensorType]) -> tuple[Val, ...] | None:
+    def _known(self, op: ops.Op, xs: Sequence[Val], types: Sequence[TensorType], place: str) -> tuple[Val, ...] | None:
         if not all(t.is_static for t in types):
             return None
         if (view := _view(op, xs[0])) is not None:
             return (Val(types[0], view, label=xs[0].label),)
-        read = sum(bytes_of(x.type) for x in xs)
+        read = sum({id(x.handle): bytes_of(x.type) for x in xs}.values())
         written = sum(bytes_of(t) for t in types)
         if written > LARGEST_CONSTANT and written > 2 * read:
-            raise Unsupported(Problem(op.spelling, "", f"a constant expression grows to {written >> 20} MiB"))
+            raise Unsupported(Problem(op.spelling, place, f"a constant expression grows to {written >> 20} MiB"))
         allowed = max(self.limit, (4 if isinstance(op, ops.Cast) else 1) * read)
         if written > allowed or written > self.budget or _work(op, xs, types) > 2e9:
             return None

@@ -135,7 +135,7 @@ class Importer:
     def emit_all(self, op: ops.Op, *xs: Val, fold: bool = True, label: str = "") -> tuple[Val, ...]:
         types = infer(op, [x.type for x in xs])
         self._bounded(op, types)
-        if fold and (known := self.folder_of_constants.fold(op, xs, types)) is not None:
+        if fold and (known := self.folder_of_constants.fold(op, xs, types, self.origin)) is not None:
             return known
         names = [self.name_of(x) for x in xs]
         outs = self.builder.append(op, names, (clean(label),) * len(types), types, self.origin)
@@ -329,7 +329,8 @@ def origin_of(node: NodeProto, scope: Scope) -> str:
     """What errors and nodes call the user's place: the node's name (or its first result) and operator."""
     name = node.name or next((o for o in node.output if o), "")
     text = f"{scope.prefix}{name} ({node.op_type})" if name else f"{scope.prefix}{node.op_type}"
-    return " ".join(clean(text).split())
+    text = " ".join(clean(text).split())
+    return text if len(text) <= 320 else f"{text[:100]} ... {text[-200:]}"
 
 
 def reads_of(node: NodeProto) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,18 @@ def _load(model: onnx.ModelProto, folder: Path | None, options: Options, limits:
     _raise_problems(importer)
     importer.origin = "outputs"
     emitted = [importer.name_of(v) for v in outs]
-    return importer.builder.finish(emitted, [clean(n) for n in names])
+    return importer.builder.finish(emitted, distinct(clean(n) for n in names))
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names, numbered where cleaning made two of them equal."""
+    out: list[str] = []
+    for name in names:
+        fresh, n = name, 1
+        while fresh in out:
+            fresh, n = f"{name}.{n}", n + 1
+        out.append(fresh)
+    return out
 
 
 def _define_constants(importer: Importer, g: onnx.GraphProto, scope: Scope) -> None:
@@ -164,7 +175,8 @@ class Inputs:
                 kind = v.type.WhichOneof("value") or "unknown"
                 raise Unsupported(Problem("input", v.name, f"a {kind.replace('_', ' ')} input is not supported"))
             t = TensorType(dtype_of_element(v.type.tensor_type.elem_type, v.name, "input"), self._shape(v))
-            return Val(t, ir=self.importer.builder.input(clean(v.name), t), sources=frozenset([v.name]))
+            name = self.importer.builder.fresh(clean(v.name))
+            return Val(t, ir=self.importer.builder.input(name, t), sources=frozenset([v.name]))
         except Unsupported as e:
             for p in e.problems:
                 self.importer.report(p)

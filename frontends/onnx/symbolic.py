@@ -17,7 +17,7 @@ Number = int | float | bool | Fraction
 Term = tuple[tuple[str, ...], Fraction]
 
 
-class Unknown(Exception):
+class Unknown(ArithmeticError):
     """The value depends on a symbol in a way a polynomial cannot say; the evaluator gives up on it."""
 
 

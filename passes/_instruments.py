@@ -124,6 +124,7 @@ def random_weights(graph: Graph, seed: int = 0) -> Weights:
     out: dict[str, np.ndarray[Any, Any]] = {}
     for i, node in enumerate(n for n in graph.nodes if n.op.name == "weight"):
         rng, t = np.random.default_rng([seed, i]), node.type
+        a: np.ndarray[Any, Any]
         if t.dtype.is_integer:
             low = max(t.dtype.lo, -(1 << 20))
             a = rng.integers(low + (t.dtype.bits == 8), min(t.dtype.hi, 1 << 20), t.static_shape, endpoint=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bitwright.ir import ops
@@ -36,7 +36,7 @@ def relative_rms(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> f
 def macs(graph: Graph, batch: Batch) -> int:
     """Multiply-accumulates of the contractions for one batch."""
     names = [v.name for v in graph.inputs]
-    arrays = [batch[n] for n in names] if isinstance(batch, dict) else list(batch)  # type: ignore[call-overload]
+    arrays = [batch[n] for n in names] if isinstance(batch, Mapping) else list(batch)
     sizes = bind_symbols(graph, [tuple(a.shape) for a in arrays])
     total = 0
     for n in graph.nodes:

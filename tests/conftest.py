@@ -141,7 +141,8 @@ def check(request: pytest.FixtureRequest) -> Check:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Put the blessed texts into the test files, last first so that line numbers stay right."""
-    for path, line, text in sorted(session.config.stash.get(_EDITS, []), key=lambda e: -e[1]):
+    edits = session.config.stash.setdefault(_EDITS, [])
+    for path, line, text in sorted(edits, key=lambda e: -e[1]):
         path.write_text(blessed(path.read_text(), line, text))
 
 

@@ -12,7 +12,7 @@ from bitwright.ir.build import Rewriter
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.types import NM, TensorType
 from bitwright.ir.weights import Array
-from bitwright.passes._layers import stem
+from bitwright.passes._layers import layer_of, stem
 from bitwright.passes._match import array, made_by, used_once
 
 
@@ -53,7 +53,8 @@ def add_bias(rw: Rewriter, node: Node) -> bool:
         bias = -bias if op.fn == "sub" else bias
         if len(before.inputs) > 2:
             bias = bias + np.asarray(array(g, before.inputs[2]))
-        new = rw.constant(bias, TensorType(node.type.dtype, bias.shape), name=f"{value}.bias", origin=node.origin)
+        name, t = f"{layer_of(g, before)}.bias", TensorType(node.type.dtype, bias.shape)
+        new = rw.constant(bias, t, name=name, origin=node.origin)
         rw.keep_as(replace(node, origin=before.origin or node.origin), before.op, (*rw.of(*before.inputs[:2]), new))
         return True
     return False

@@ -34,8 +34,8 @@ def binary(rw: Rewriter, node: Node) -> bool:
         return False
     if name == "mul" and a == b:
         return _emit(rw, node, ops.Unary("square"), a)
-    if name == "pow" and g.types[a] == node.type and (k := _POWERS.get(uniform(g, b) or 0.0)):
-        return _emit(rw, node, ops.Unary(k), a)
+    if name == "pow" and g.types[a] == node.type and (power := _POWERS.get(uniform(g, b) or 0.0)):
+        return _emit(rw, node, ops.Unary(power), a)
     if name == "div" and (root := fn(g, b, "sqrt")) is not None and uniform(g, a) == 1.0 and g.types[b] == node.type:
         return _emit(rw, node, ops.Unary("rsqrt"), root.inputs[0])
     if name in ("max", "min"):

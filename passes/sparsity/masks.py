@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,22 +74,24 @@ def nm_mask(
     size = score.shape[-1]
     blocks = -(-size // block)
     if block > 1:
-        score = torch.nn.functional.pad(score, (0, blocks * block - size)).unflatten(-1, (blocks, block)).sum(-1)
+        score = (
+            torch.nn.functional.pad(score, (0, blocks * block - size)).reshape(*score.shape[:-1], blocks, block).sum(-1)
+        )
     kept = _share(score, shared, lambda s: _largest(s, nm, size))
     kept = kept.repeat_interleave(block, -1)[..., :size] if block > 1 else kept
     return kept.movedim(-1, axis)
 
 
-def _share(score: torch.Tensor, shared: int, choose) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def _share(score: torch.Tensor, shared: int, choose: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Choose on the scores summed over every ``shared`` rows of axis 0, and give each row the result."""
     import torch
 
     if shared == 1 or score.dim() == 1:
-        return choose(score)  # type: ignore[no-any-return]
+        return choose(score)
     rows = score.shape[0]
     padded = torch.cat([score, score.new_zeros((-rows % shared, *score.shape[1:]))])
-    chosen = choose(padded.unflatten(0, (-1, shared)).sum(1))
-    return chosen.repeat_interleave(shared, 0)[:rows]  # type: ignore[no-any-return]
+    chosen = choose(padded.reshape(-1, shared, *padded.shape[1:]).sum(1))
+    return chosen.repeat_interleave(shared, 0)[:rows]
 
 
 def _largest(score: torch.Tensor, nm: NM, size: int) -> torch.Tensor:
@@ -96,7 +99,7 @@ def _largest(score: torch.Tensor, nm: NM, size: int) -> torch.Tensor:
     import torch
 
     blocks = score.shape[-1]
-    s = torch.nn.functional.pad(score, (0, -blocks % nm.group), value=-1.0).unflatten(-1, (-1, nm.group))
+    s = torch.nn.functional.pad(score, (0, -blocks % nm.group), value=-1.0).reshape(*score.shape[:-1], -1, nm.group)
     kept = _rank(s) < nm.keep
     if blocks % nm.group:
         kept[..., -1, :] = _rank(s[..., -1, :]) < keep_in_tail(nm, size)

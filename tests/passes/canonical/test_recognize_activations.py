@@ -23,17 +23,18 @@ SPELLINGS = {
     "gelu, halved": ("gelu", "a = mul x iroot2; b = erf a; c1 = add b one; d = mul x c1; y = div d two"),
     "tanh, transformers": (
         "gelu_tanh",
-        "p = pow x three; a = mul k p; b = add x a; e = mul c b; t = tanh e; f = add one t; h = mul half x; y = mul h f",
+        "p = pow x three; a = mul k p; b = add x a; e = mul c b; t = tanh e; f = add one t; "
+        "h = mul half x; y = mul h f",
     ),
     "tanh, onnx": (
         "gelu_tanh",
-        "s = square x; p = mul x s; a = mul p k; b = add x a; e = mul b c; t = tanh e; f = add t one; h = mul x f; "
-        "y = mul h half",
+        "s = square x; p = mul x s; a = mul p k; b = add x a; e = mul b c; t = tanh e; f = add t one; "
+        "h = mul x f; y = mul h half",
     ),
     "tanh, factored": (
         "gelu_tanh",
-        "s = mul x x; a = mul k s; f1 = add a one; g = mul x c; e = mul g f1; t = tanh e; f = add t one; d = mul half f; "
-        "y = mul x d",
+        "s = mul x x; a = mul k s; f1 = add a one; g = mul x c; e = mul g f1; t = tanh e; f = add t one; "
+        "d = mul half f; y = mul x d",
     ),
     "silu": ("silu", "s = sigmoid x; y = mul s x"),
     "silu by exp": ("silu", "n = neg x; e = exp n; d = add one e; y = div x d"),

@@ -150,12 +150,13 @@ def test_matmul_with_a_constant_matrix_is_linear_and_takes_the_bias(check: Any) 
         after="""
             graph @g (%x: f32[2, 3, 4]) -> (a = %b, b = %e) level=graph {
               %fc.weight = weight {ref="fc.weight.1"} : f32[5, 4]
-              %a.bias = constant {values=[-0.8970323204994202, -1.9805271625518799, -1.8174782991409302, -2.0278818607330322, -1.5744588375091553]} : f32[5]
-              %b = linear(%x, %fc.weight, %a.bias) : f32[2, 3, 5]
+              %fc.bias.1 = constant {values=[-1.0, 0.0, 1.0, 2.0, 3.0]} : f32[5]
+              %b = linear(%x, %fc.weight, %fc.bias.1) : f32[2, 3, 5]
               %wt = weight {ref="wt"} : f32[6, 4]
               %e = linear(%x, %wt) : f32[2, 3, 6]
             }
         """,
+        weights={"fc.bias": np.arange(5, dtype=np.float32)},
     )
 
 
@@ -178,12 +179,13 @@ def test_convolutions_take_bias_and_padding(check: Any) -> None:
         after="""
             graph @g (%x: f32[1, 3, 5, 5]) -> (a = %c, b = %m, c = %v) level=graph {
               %w = weight {ref="w"} : f32[4, 3, 3, 3]
-              %h.bias = constant {values=[0.10296767950057983, -0.9805271625518799, -0.8174782991409302, -1.0278818607330322]} : f32[4]
-              %c = conv(%x, %w, %h.bias) {padding=[2, 1, 1, 2]} : f32[1, 4, 6, 6]
+              %w.bias = constant {values=[0.0, 1.0, 2.0, 3.0]} : f32[4]
+              %c = conv(%x, %w, %w.bias) {padding=[2, 1, 1, 2]} : f32[1, 4, 6, 6]
               %m = max_pool(%x) {kernel=[2, 2], padding=[1, 1, 1, 1]} : f32[1, 3, 6, 6]
               %v = avg_pool(%x) {kernel=[2, 2], padding=[1, 0, 0, 0]} : f32[1, 3, 5, 4]
             }
         """,
+        weights={"b": np.arange(4, dtype=np.float32).reshape(4, 1, 1)},
     )
 
 
@@ -240,7 +242,8 @@ def test_linear_between_views_of_its_leading_axes(check: Any) -> None:
         "%zero = constant {values=[0.0]} : f32[]\n  %y = sub(%zero, %x) : f32[2, 3]",
         "%i = cast(%x) {dtype=s32} : s32[2, 3]\n  %y = cast(%i) {dtype=f32} : f32[2, 3]",
         "%h = linear(%x, %w) : f32[2, 2]\n  %e = exp(%h) : f32[2, 2]\n  %y = add(%h, %e) : f32[2, 2]",
-        "%h = linear(%x, %w) : f32[2, 2]\n  %b = constant {values=[1.0, 2.0]} : f32[2, 1]\n  %y = add(%h, %b) : f32[2, 2]",
+        "%h = linear(%x, %w) : f32[2, 2]\n  %b = constant {values=[1.0, 2.0]} : f32[2, 1]\n"
+        "  %y = add(%h, %b) : f32[2, 2]",
         "%t = transpose(%x) {perm=[1, 0]} : f32[3, 2]\n  %r = reshape(%t) {shape=[6]} : f32[6]\n"
         "  %y = reshape(%r) {shape=[2, 3]} : f32[2, 3]",
     ],

@@ -23,7 +23,7 @@ graph @g (%x: f32[b, 2]) -> (y = %y) level=graph {
 """
 
 
-def batches(*values: list[list[float]]) -> list[list[np.ndarray]]:  # type: ignore[type-arg]
+def batches(*values: list[list[float]]) -> list[list[np.ndarray]]:
     return [[np.array(v, np.float32)] for v in values]
 
 

@@ -33,7 +33,7 @@ def test_every_listed_pattern_is_found(keep: int, group: int) -> None:
         RNG.standard_normal((8, 6)) * [1, 1, 0, 0, 1, 0],
     ],
 )
-def test_nothing_is_invented(weight: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_nothing_is_invented(weight: np.ndarray) -> None:
     assert tightest(weight.astype(np.float32), 1) is None
 
 
@@ -81,7 +81,7 @@ def test_convolutions_and_quantized_weights(read: Read, difference: Callable[...
 def test_embeddings_are_left(read: Read) -> None:
     graph = read("""
         graph @g (%i: s64[2], %x: f32[2, 8]) -> (e = %e, y = %y) level=graph {
-          %w = weight {ref="tied"} : f32[4, 8] 
+          %w = weight {ref="tied"} : f32[4, 8]
           %e = gather(%w, %i) : f32[2, 8]
           %y = linear(%x, %w) : f32[2, 4]
         }

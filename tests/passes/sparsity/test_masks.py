@@ -26,7 +26,7 @@ def reference(row: list[float], keep: int, group: int) -> list[bool]:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:  # type: ignore[type-arg]
+def cases(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
     group = draw(st.integers(1, 20))
     keep = draw(st.integers(1, group))
     rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 50))
@@ -37,7 +37,7 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:  # type: ignore[type-
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
-def test_equals_the_plain_statement(case: tuple[np.ndarray, int, int]) -> None:  # type: ignore[type-arg]
+def test_equals_the_plain_statement(case: tuple[np.ndarray, int, int]) -> None:
     weight, keep, group = case
     mask = nm_mask_array(weight, keep, group)
     assert mask.tolist() == [reference(row, keep, group) for row in weight.tolist()]
@@ -45,8 +45,13 @@ def test_equals_the_plain_statement(case: tuple[np.ndarray, int, int]) -> None: 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.integers(1, 16), st.integers(1, 16), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2), st.integers(0, 2**31)
-)  # fmt: skip
+    st.integers(1, 16),
+    st.integers(1, 16),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 2),
+    st.integers(0, 2**31),
+)
 def test_obeys_its_encoding(keep: int, group: int, shared: int, block: int, axis: int, seed: int) -> None:
     keep, group = sorted((keep, group))
     if shared > 1 and axis == 0:

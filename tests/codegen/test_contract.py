@@ -289,6 +289,19 @@ def test_padding_values_do_not_leak_non_finite_numbers(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got[0], weight.sum(1))
 
 
+@pytest.mark.parametrize("pattern", [None, NM(2, 4, axis=1)], ids=str)
+def test_prefetching_changes_nothing(pattern: NM | None, tmp_path: Path) -> None:
+    spec = ContractSpec("u8s8", Matrix(13, 150, 40), pattern)
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (13, 40)).astype(np.uint8)
+    weight = sparsify(spec, rng.integers(-128, 128, spec.weight_shape).astype(np.int8), rng)
+    chosen = replace(knobs(spec, "avx512-vnni"), prefetch=True)
+    func = emit(spec, chosen, StoreAcc(13, 150, spec.acc_dtype), "kernel")
+    got = execute(func, "avx512-vnni", tmp_path, spec, [x, *pack(spec, chosen, weight)])
+    np.testing.assert_array_equal(got, reference(spec, x, weight, None))
+    assert knobs(ContractSpec("u8s8", Matrix(32, 1024, 1024)), "avx512-vnni").prefetch
+
+
 def test_mask_and_weights_must_agree() -> None:
     spec = ContractSpec("u8s8", Matrix(2, 3, 8), NM(2, 4, axis=1))
     chosen = knobs(spec, "avx512-vnni")

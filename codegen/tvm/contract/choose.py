@@ -28,6 +28,10 @@ _TILES = {  # (rows, vectors) of the register tile: dense, sparse
     ("f32", "portable"): ((2, 2), (2, 1)),
 }
 _SAFE_PAIRS_TILE = (2, 4)
+_ROWS_512 = {1: (4,), 2: (8, 7, 6), 3: (5, 4), 4: (4,)}
+"""Good numbers of rows per number of vectors on AVX-512, best first."""
+PREFETCH_BYTES = 768 * 1024
+"""Weights larger than this do not stay in the second-level cache."""
 REPACK_ROWS = 64
 """Rows that pay for packing a panel of a run-time operand once more."""
 COMPACT_ROWS = 2
@@ -97,29 +101,36 @@ def pairs_are_safe(spec: ContractSpec, weight: NDArray[Any]) -> bool:
 def default_knobs(spec: ContractSpec, isa: Isa, weight: NDArray[Any] | None = None) -> Knobs:
     """The register tile to start from. ``weight`` lets AVX2 use pmaddubsw where that is proven exact."""
     safe = isa == "avx2" and spec.element == "u8s8" and weight is not None and pairs_are_safe(spec, weight)
-    rows, vectors = _SAFE_PAIRS_TILE if safe else _TILES[spec.element, isa][1 if spec.pattern else 0]
-    lanes = LANES[isa]
     if is_depthwise(spec) and isinstance(spec.geometry, Conv):
         quad = engine_of(spec, Knobs(isa, 1, 1)).quad
         return Knobs(isa, 2 if quad == 1 else 4, height_of(spec.geometry, quad), safe_pairs=safe)
-    if isa == "avx512-vnni":
-        rows, vectors = _fit_512(spec, rows, vectors)
-    needed = ceil(spec.cols // spec.groups / lanes)
-    if needed < vectors:
-        rows = min(8, rows * vectors // needed)
-        vectors = needed
+    rows, vectors = _SAFE_PAIRS_TILE if safe else _TILES[spec.element, isa][1 if spec.pattern else 0]
+    needed = ceil(spec.cols // spec.groups / LANES[isa])
+    if isa == "avx512-vnni" and not spec.pattern:
+        rows, vectors = _dense_512(spec, needed)
+    elif needed < vectors:
+        rows, vectors = min(8, rows * vectors // needed), needed
     rows = min(rows, spec.rows)
     panels, most = spec.groups * ceil(needed / vectors), spec.rows // rows
     if spec.right != "constant" and isinstance(spec.geometry, Matrix):
         rows = min(rows, spec.geometry.rows)
         panels, most = panels * spec.geometry.batch, spec.geometry.rows // REPACK_ROWS
-    return Knobs(isa, rows, vectors, max(1, min(ceil(TASKS / panels), most)), safe, spec.rows <= COMPACT_ROWS)
+    blocks = max(1, min(ceil(TASKS / panels), most))
+    return Knobs(isa, rows, vectors, blocks, safe, spec.rows <= COMPACT_ROWS, _prefetch_pays(spec, isa, rows))
 
 
-def _fit_512(spec: ContractSpec, rows: int, vectors: int) -> tuple[int, int]:
-    """7x2 where the rows come in sevens (output widths of residual networks), else the given tile."""
+def _prefetch_pays(spec: ContractSpec, isa: Isa, rows: int) -> bool:
+    """Measured: dense 8-bit weights beyond the second-level cache, and 4 to 16 tiles that share a panel."""
+    dense = spec.element == "u8s8" and spec.pattern is None and isa == "avx512-vnni"
+    return dense and spec.cols * spec.depth > PREFETCH_BYTES and 4 <= spec.rows // rows <= 16
+
+
+def _dense_512(spec: ContractSpec, needed: int) -> tuple[int, int]:
+    """Rows and vectors that leave no small remainders; 7x2 where rows come in sevens (residual networks)."""
     g = spec.geometry
-    sevens = g.output[1] if isinstance(g, Conv) else g.rows
-    if sevens % 7 == 0 and (sevens % rows or isinstance(g, Conv)) and not spec.pattern:
+    step = g.output[1] if isinstance(g, Conv) else g.rows
+    if needed > 1 and step % 7 == 0 and (step % 4 or isinstance(g, Conv)):
         return 7, 2
-    return rows, vectors
+    vectors = next((v for v in (4, 3, 2) if needed % v == 0), min(4, needed) if needed != 5 else 3)
+    rows = _ROWS_512[vectors]
+    return next((r for r in rows if step % r == 0), rows[0]), vectors

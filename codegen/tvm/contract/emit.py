@@ -21,7 +21,7 @@ from bitwright.codegen.tvm.contract.spec import (
     image_of,
     runs_of,
 )
-from bitwright.codegen.tvm.contract.tile import Place, Streams, TileWriter
+from bitwright.codegen.tvm.contract.tile import LINE, Place, Streams, TileWriter
 from bitwright.codegen.tvm.tir import Builder, Index, choose, minimum, width
 from bitwright.ir.errors import InvalidInput
 
@@ -140,6 +140,11 @@ class _Emitter:
         vectors_per_group = ceil(made.group_cols / layout.lanes)
         group_weights = panel_weights // layout.vectors * vectors_per_group
         group_indices = panel_indices // layout.vectors * vectors_per_group
+        lines = 0
+        if made.knobs.prefetch:
+            step_lines = layout.vectors * layout.lanes * engine.quad * width(made.spec.weight_dtype) // LINE
+            lines = ceil(step_lines / (self.nest.tiles + (self.nest.rest > 0)))
+        share = row // self.nest.tile * (lines * LINE // width(made.spec.weight_dtype))
         place = Place(
             row=row,
             col=b.index(group * made.group_cols + panel * (layout.vectors * layout.lanes)),
@@ -148,6 +153,8 @@ class _Emitter:
             indices=b.index(group * group_indices + panel * panel_indices),
             vectors=vectors,
             cols=cols,
+            ahead=b.index(share + panel_weights) if lines else 0,
+            lines=lines,
         )
         self.writer.tile(place)
 

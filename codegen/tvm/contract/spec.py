@@ -171,7 +171,8 @@ class Knobs:
 
     ``rows`` x ``vectors`` accumulators; ``row_blocks``: tasks that share a weight panel; ``safe_pairs``: the
     weights are proven not to saturate pmaddubsw; ``compact``: pack byte indices in time on 256-bit vectors too
-    (fewer bytes to stream, more instructions). ``rows`` and ``row_blocks`` do not change the packed weights.
+    (fewer bytes to stream, more instructions); ``prefetch``: while few rows pass over a weight panel, fetch the
+    next one. ``rows``, ``row_blocks`` and ``prefetch`` do not change the packed weights.
     """
 
     isa: Isa
@@ -180,6 +181,7 @@ class Knobs:
     row_blocks: int = 1
     safe_pairs: bool = False
     compact: bool = False
+    prefetch: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,10 @@ from bitwright.codegen.tvm.contract.engine import Engine, Generic, Operand
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
 from bitwright.codegen.tvm.contract.plan import Block, Plan, Step
 from bitwright.codegen.tvm.contract.spec import Runs
-from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Register, Vec, const
+from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Register, Vec, const, width
+
+LINE = 64
+"""Bytes of a cache line."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,10 @@ class Streams:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tile is: output row and column, activation index per row, weight and index base, valid columns."""
+    """Where a tile is: output row and column, activation index per row, weight and index base, valid columns.
+
+    ``ahead``: distance from the weights of a step to ``lines`` cache lines that the tile fetches for later.
+    """
 
     row: Index
     col: Index
@@ -38,7 +44,8 @@ class Place:
     indices: Index
     vectors: int
     cols: int
-    ahead: Index | None = None
+    ahead: Index = 0
+    lines: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,9 @@ class _Tile:
         start, windows = -1, list[Vec]()
         for n, step in enumerate(block.steps):
             here = Cursor(at.x, at.weights + n * self.weight_step, at.indices)
+            for line in range(self.place.lines):
+                stream = writer.streams.weights
+                writer.b.prefetch(stream, here.weights + self.place.ahead + line * (LINE // width(stream.dtype)))
             if not writer.plan.sparse:
                 self._dense_step(here)
             elif isinstance(engine, Generic):

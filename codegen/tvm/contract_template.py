@@ -6,12 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import cast
-
 import numpy as np
 
 from bitwright.codegen.tvm import contract
-from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, Isa, Knobs, Matrix
+from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, Element, Knobs, Matrix
 from bitwright.codegen.tvm.epilogue import PointwiseEpilogue
 from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
 from bitwright.ir import ops
@@ -64,7 +62,7 @@ class Contract(Template):
             return spec
         weight = constants.get(root.inputs[1])
         spec, reason = _with_pattern(spec, body.types[root.inputs[1]], weight, target)
-        isa = cast(Isa, target.isa)
+        isa = target.isa
         if why := contract.supports(spec, isa):
             return Refused(why)
         epilogue = PointwiseEpilogue(body, root, target.isa)
@@ -122,7 +120,8 @@ def _initial(config: ContractConfig, weight: Array, body: Graph, constants: Mapp
     if config.spec.element == "f32":
         return np.ascontiguousarray(constants[body.inputs[config.bias].name], np.float32)
     sums = weight.astype(np.int64).reshape(weight.shape[0], -1).sum(1)
-    return (-config.zero * sums).astype(np.int32)
+    init: Array = (-config.zero * sums).astype(np.int32)
+    return init
 
 
 @cache
@@ -144,7 +143,7 @@ def _with_pattern(
     if nm.axis % declared.rank != 1:
         return spec, f"runs dense: {label} lies along axis {nm.axis}, not along the reduction"
     sparse = replace(spec, pattern=NM(nm.keep, nm.group, 1))
-    if why := contract.supports(sparse, cast(Isa, target.isa)):
+    if why := contract.supports(sparse, target.isa):
         return spec, f"runs dense: no {label} kernel here ({why})"
     gain = target.sparse_gain(spec.input_dtype, nm)
     if not gain:
@@ -164,7 +163,7 @@ def _spec_of(body: Graph, root: Node, constants: Mapping[str, Array]) -> Contrac
         return Refused("the weights are computed at run time")
     if len(root.inputs) > 2 and root.inputs[2] not in constants:
         return Refused("the bias is computed at run time")
-    element = "u8s8" if x.dtype == U8 else "f32"
+    element: Element = "u8s8" if x.dtype == U8 else "f32"
     zero = getattr(root.op, "x_zero", 0)
     init = element == "u8s8" or len(root.inputs) > 2
     if isinstance(root.op, (ops.Linear, ops.IntLinear)):

@@ -192,7 +192,7 @@ def _report(
 ) -> Report:
     import bitwright
 
-    text = dict(diffs.diffs)
+    text: dict[str, str] = dict(diffs.diffs)
     rows = [
         PassRow(
             index=r.index, name=r.name, options=r.options, seconds=r.seconds, nodes_before=r.nodes_before,
@@ -252,8 +252,8 @@ def example_inputs(program: Program, calibration: Sequence[Any] = ()) -> list[np
     """Inputs to measure a program with: the first calibration batch, or seeded random values."""
     if calibration:
         first = calibration[0]
-        values = [first[n] for n in program.input_names] if isinstance(first, dict) else list(first)
-        return [np.ascontiguousarray(v) for v in values]
+        given = [first[n] for n in program.input_names] if isinstance(first, dict) else list(first)
+        return [np.ascontiguousarray(v) for v in given]
     from bitwright.ir.types import parse_dtype
 
     rng = np.random.default_rng(0)

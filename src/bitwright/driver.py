@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +229,17 @@ def compile(
     )  # fmt: skip
 
 
+def onnx_executor(graph: Graph) -> Callable[[Sequence[Any]], list[Any]]:
+    """Compile a graph for the ONNX backend interface: arrays in input order to arrays in output order."""
+    program = compile(graph)
+
+    def run(values: Sequence[Any]) -> list[Any]:
+        result = program(*values)
+        return list(result) if isinstance(result, tuple) else [result]
+
+    return run
+
+
 def verify(
     program: Program | str | Path, model: Any, inputs: Any, *, bound: float | None = None, example_inputs: Any = None
 ) -> Any:
@@ -257,7 +267,5 @@ __all__ = [
     "load_onnx",
     "lower",
     "optimize",
-    "replace",
     "to_graph",
 ]
-_ = Sequence

@@ -64,7 +64,8 @@ class Reader:
 
     def read(self, name: str) -> Graph:
         self.cx.b.name = name
-        for node, spec in zip(self.placeholders, self.program.graph_signature.input_specs, strict=True):
+        sources = list(zip(self.placeholders, self.program.graph_signature.input_specs, strict=True))
+        for node, spec in sorted(sources, key=lambda s: s[1].kind != InputKind.USER_INPUT):  # inputs keep their names
             self._guarded(node, lambda node=node, spec=spec: self._placeholder(node, spec))
         for node in self.program.graph.nodes:
             if node.op == "call_function":

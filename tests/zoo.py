@@ -355,11 +355,13 @@ def vit(size: Size, attention: str = "sdpa") -> Built:
     """ViT with a chosen spelling of attention ("sdpa" or "eager")."""
     from transformers import ViTConfig, ViTForImageClassification
 
+    configured: Any = ViTConfig
+
     if size == "tiny":
-        config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        config = configured(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
                            image_size=32, patch_size=8, num_labels=10, attn_implementation=attention)  # fmt: skip
         return Output(ViTForImageClassification(config), "logits"), (torch.randn(2, 3, 32, 32),)
-    config = ViTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536,
+    config = configured(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536,
                        num_labels=1000, attn_implementation=attention)  # fmt: skip
     return Output(ViTForImageClassification(config), "logits"), (torch.randn(1, 3, 224, 224),)
 
@@ -374,9 +376,11 @@ def bert(size: Size, layers: int, width: int, heads: int, attention: str = "sdpa
     """A BERT encoder that returns hidden states; ``tiny`` shrinks everything but the structure."""
     from transformers import BertConfig, BertModel
 
+    configured: Any = BertConfig
+
     if size == "tiny":
         layers, width, heads = 2, 32, 4
-    config = BertConfig(
+    config = configured(
         vocab_size=VOCABULARY[size], hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
         intermediate_size=4 * width, attn_implementation=attention,
     )  # fmt: skip

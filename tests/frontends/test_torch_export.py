@@ -61,10 +61,10 @@ def test_zoo_model_with_symbolic_batch(name: str) -> None:
 
 @pytest.mark.skipif(minilm_path() is None, reason="the package with the real weights is not installed")
 def test_real_minilm_ranks_sentences() -> None:
-    from transformers import BertTokenizerFast
+    from transformers import AutoTokenizer
 
     module, _ = minilm("full")
-    tokenizer = BertTokenizerFast.from_pretrained(str(minilm_path()))
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(minilm_path()))
     texts = ["a cat sits on the mat", "a kitten rests on a rug", "stock prices fell on monday"]
     batch = tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt")
     inputs = (batch["input_ids"], batch["attention_mask"])
@@ -339,7 +339,28 @@ class Refused(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.fft.rfft(self.inner(x)).abs()
         z = torch.linalg.inv(x[:, :, :3]) + torch.linalg.inv(x[:, :, 1:])
-        return y.sum() + z.sum() + torch.rand_like(x).sum() + F.relu(x).cumprod(1).sum()
+        total: torch.Tensor = y.sum() + z.sum() + torch.rand_like(x).sum() + F.relu(x).cumprod(1).sum()
+        return total
+
+
+class Named(nn.Module):
+    """A parameter with the name of an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.x
+
+
+def test_inputs_keep_their_names_beside_parameters() -> None:
+    module, x = Named(), torch.randn(2, 3)
+    graph = capture(module, x)
+    verify(graph)
+    assert [v.name for v in graph.inputs] == ["x"]
+    assert set(graph.weights) == {"x"}
+    torch.testing.assert_close(evaluate(graph, [x])[0], module(x).detach())
 
 
 def test_all_problems_at_once() -> None:

@@ -70,7 +70,7 @@ class RowKernel:
             self._rms_norm(op.eps)
         else:
             assert isinstance(op, ops.Reduce)
-            self._finish_scalar(rounded(self._reduce(op.fn), self.dtype))
+            self._finish_scalar(rounded(self.b, self._reduce(op.fn), self.dtype))
 
     # ---- columns
     def columns(self, emit: Callable[[Span], None]) -> None:
@@ -152,7 +152,7 @@ class RowKernel:
         dtype = self.cells.body.types[self.result].dtype
 
         def one(span: Span) -> None:
-            root = rounded(self.b.let(value(span)), self.dtype)
+            root = rounded(self.b, self.b.let(value(span)), self.dtype)
             given = {self.root.output: self.b.let(root)}
             if operand and self.source in self.cells.body.producers and self.dtype == F32:
                 given[self.source] = self.again(span)
@@ -229,7 +229,7 @@ class RowKernel:
 
     def _narrow(self, y: Vec) -> Vec:
         """Rounded to the operand's format, in f32."""
-        return y if self.dtype == F32 else self.b.let(rounded(self.b.let(y), self.dtype).cast(F32))
+        return y if self.dtype == F32 else self.b.let(rounded(self.b, self.b.let(y), self.dtype).cast(F32))
 
     def _sum(self, term: Callable[[Span], Vec]) -> Vec:
         return self.total(0.0, lambda a, v: a + v, term)

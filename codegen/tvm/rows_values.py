@@ -220,7 +220,7 @@ class Cells:
             return self._load(key, col, lanes, valid)
         if isinstance(node.op, ops.Constant):
             value = const(node.op.values[0], carried(node.type.dtype), lanes)
-            return rounded(value, node.type.dtype)
+            return rounded(self.b, value, node.type.dtype)
         args = [
             self._pull((x, space, operand_shape(self.body, node, k)), col, lanes, valid)
             for k, x in enumerate(node.inputs)
@@ -265,16 +265,21 @@ def stored(value: Vec, dtype: DType) -> Vec:
     return (value.bits(U32) >> 16).cast(U16) if dtype == BF16 else Vec(value.expr, memory(dtype), value.lanes)
 
 
-def rounded(value: Vec, dtype: DType) -> Vec:
-    """The value in ``dtype``, as it travels."""
-    return convert(value, dtype)
+def rounded(b: Builder, value: Vec, dtype: DType) -> Vec:
+    """The value in ``dtype``, as it travels: bf16 is an f32 of that precision, ties to even, NaN stays."""
+    if dtype != BF16:
+        return convert(value, dtype)
+    value = b.let(value.cast(F32))
+    bits = b.let(value.bits(U32))
+    near = (bits + (((bits >> 16) & 1) + 0x7FFF)) & 0xFFFF0000
+    return b.let((bits & 0x7FFFFFFF).gt(0x7F800000).select(value, near.bits(F32)))
 
 
 def apply(b: Builder, op: ops.Op, args: list[Vec], dtype: DType, isa: str, exact: bool) -> Vec:
     """A pointwise operator on vectors; the result as it travels."""
     if isinstance(op, ops.Cast) and BF16 in (op.dtype, *(a.dtype for a in args)):
-        return convert(args[0], op.dtype)
-    return convert(emit_pointwise(b, op, args, isa=isa, exact=exact), dtype)
+        return rounded(b, args[0], op.dtype)
+    return rounded(b, emit_pointwise(b, op, args, isa=isa, exact=exact), dtype)
 
 
 def first_lanes(lanes: int, valid: int) -> Condition:

@@ -79,7 +79,7 @@ def reduce_cases(c: Cases) -> None:
     centre = (ops.Reduce("mean", (1,), True), ("x",)), (SUB, ("x", "v0"))
     c.add_case("back to columns", {"x": normal(4, 23)}, *centre)
     after = (ops.Reduce("mean", (1, 2)), ("x",)), (ADD, ("v0", "a")), (ops.Quantize(U8, axis=0), ("v1", "s", "z"))
-    inputs = {"x": normal(6, 3, 5), "a": normal(6), "s": np.abs(normal(6)) * 0.01 + 0.01}
+    inputs: dict[str, Array] = {"x": normal(6, 3, 5), "a": normal(6), "s": np.abs(normal(6)) * 0.01 + 0.01}
     inputs["z"] = np.arange(6).astype(np.uint8) + 100
     c.add_case("per row epilogue", inputs, *after, steps=1)
 
@@ -95,7 +95,8 @@ def fused_cases(c: Cases) -> None:
     c.add_case("scalar of rank", {"x": scores, "m": normal(1, 1)}, (MUL, ("x", "m")), soft)
     bools = RNG.integers(0, 2, (2, 1, 5, 21)).astype(bool)
     chosen = (ops.Where(), ("m", "x", "f")), soft
-    c.add_case("where", {"x": scores, "m": bools, "f": np.array(-1e9, np.float32)}, *chosen)
+    masked: dict[str, Array] = {"x": scores, "m": bools, "f": np.array(-1e9, np.float32)}
+    c.add_case("where", masked, *chosen)
     wide = {"x": scores, "m": RNG.integers(0, 2, (5, 21)).astype(np.int64)}
     c.add_case("s64 operand", wide, (ops.Cast(F32), ("m",)), (MUL, ("v0", "x")), (ops.Softmax(), ("v1",)))
     x, g = normal(9, 50), normal(50)
@@ -105,7 +106,7 @@ def fused_cases(c: Cases) -> None:
     both = (ADD, ("x", "y")), norm, (ADD, ("v0", "v1")), (ops.Unary("gelu"), ("v2",))
     c.add_case("residual used twice", {"x": x, "y": normal(9, 50), "g": g}, *both)
     c.add_case("softmax used twice", {"x": x, "m": g}, add, soft, (MUL, ("v0", "v1")))
-    quantized = {"x": RNG.integers(0, 255, (9, 50)).astype(np.uint8), "g": g, "s": s, "z": z}
+    quantized: dict[str, Array] = {"x": RNG.integers(0, 255, (9, 50)).astype(np.uint8), "g": g, "s": s, "z": z}
     chain = (ops.Dequantize(), ("x", "s", "z")), norm, (ops.Quantize(U8), ("v1", "s", "z"))
     c.add_case("u8 in, u8 out", quantized, *chain, steps=1)
     scales = np.abs(normal(50)) * 0.1 + 0.01

@@ -19,7 +19,7 @@ from bitwright.ir import ops
 from bitwright.ir.build import Builder
 from bitwright.ir.errors import InvalidInput, Problem, Unsupported
 from bitwright.ir.infer import InferenceError, infer
-from bitwright.ir.types import DType, TensorType
+from bitwright.ir.types import DType, TensorType, symbols_of
 from bitwright.ir.weights import Array, Handle
 
 if TYPE_CHECKING:
@@ -214,6 +214,7 @@ class Importer:
 
         before, self.origin = self.origin, origin_of(node, scope)
         outputs: Sequence[Any] = ()
+        ins: list[Value | None] = []
         try:
             ins = [self._operand(name, scope) for name in node.input]
             if any(isinstance(x, Poison) for x in ins):
@@ -226,7 +227,7 @@ class Importer:
         except NotStatic as e:
             self._not_static(node, e)
         except InferenceError as e:
-            self.report(Problem(node.op_type, self.origin, str(e)), malformed=True)
+            self._does_not_fit(node, e, ins)
         except InvalidInput as e:
             self.report(Problem(node.op_type, self.origin, str(e)), malformed=True)
         except Unsupported as e:
@@ -258,6 +259,12 @@ class Importer:
         if value is None:
             raise InvalidInput(f"reads {name!r}, which no input, initializer or earlier node defines")
         return value
+
+    def _does_not_fit(self, node: NodeProto, e: InferenceError, ins: Sequence[Value | None]) -> None:
+        """Operands that do not fit: the file's fault, unless symbolic sizes are involved."""
+        symbols = {s: None for x in ins if isinstance(x, Val) for d in x.shape for s in symbols_of(d)}
+        cure = f"give a number: sizes={{{', '.join(f'{s!r}: ...' for s in symbols)}}}" if symbols else ""
+        self.report(Problem(node.op_type, self.origin, str(e), cure), malformed=not symbols)
 
     def _not_static(self, node: NodeProto, e: NotStatic) -> None:
         names = sorted(e.sources)

@@ -33,7 +33,7 @@ def _layout(c: Call, x: Val, scale: Val, axis: int, block: int) -> tuple[int | N
         if scale.shape[axis] != -(-c.size(x, axis) // block):
             raise InvalidInput(f"a scale {scale.type} for blocks of {block} along axis {axis} of {x.type}")
         return axis, block
-    if scale.rank != 1 or scale.shape[0] != x.shape[axis]:
+    if scale.rank != 1 or scale.shape[0] != (x.shape[axis] if isinstance(scale.shape[0], str) else c.size(x, axis)):
         raise InvalidInput(f"a scale {scale.type} for axis {axis} of {x.type}")
     return axis, 0
 

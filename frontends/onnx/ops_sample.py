@@ -118,9 +118,7 @@ def _grid_sample(c: Call) -> Val:
             if aligned
             else c.div(c.sub(c.mul(c.add(g, 1.0), float(size)), 1.0), 2.0)
         )
-        if padding == "border":
-            g = c.emit(ops.Clamp(0.0, size - 1.0), g)
-        elif padding == "reflection":
+        if padding == "reflection":
             g = reflect(c, g, size, aligned)
         at.append(g)
     y = sample(c, x, at, mode, padding, aligned)

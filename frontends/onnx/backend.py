@@ -13,7 +13,7 @@ from onnx.backend.base import BackendRep
 from bitwright.frontends.onnx.importer import clean
 from bitwright.frontends.onnx.load import load_onnx
 from bitwright.frontends.onnx.values import NeedsConstants
-from bitwright.ir.errors import InvalidInput, Unsupported
+from bitwright.ir.errors import InvalidInput, Problem, Unsupported
 from bitwright.ir.graph import Graph
 from bitwright.ir.weights import Array
 
@@ -64,11 +64,13 @@ class Prepared(BackendRep):
     def _specialised(self, given: dict[str, Array]) -> tuple[list[str], Runner]:
         while True:
             constants = {n: given[n] for n in self.binds if n in given}
+            if large := [n for n, a in constants.items() if a.size > SHAPE_LIKE]:
+                raise Unsupported(Problem("input", ", ".join(large), "it must be a constant and is too large to bind"))
             shapes = {n: a.shape for n, a in given.items() if self.by_shape and n not in constants}
             try:
                 return self._compile(constants, shapes)
             except NeedsConstants as e:
-                more = [n for n in e.inputs if n in given and n not in self.binds and given[n].size <= SHAPE_LIKE]
+                more = [n for n in e.inputs if n in given and n not in self.binds]
                 if not more:
                     raise
                 self.binds = (*self.binds, *more)

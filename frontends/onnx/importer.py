@@ -12,7 +12,7 @@ import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto
 
 from bitwright.frontends.onnx.fold import Folder
-from bitwright.frontends.onnx.reader import LARGEST_ELEMENTS, array_handle, tensor_handle
+from bitwright.frontends.onnx.reader import LARGEST_ELEMENTS, LARGEST_RANK, array_handle, tensor_handle
 from bitwright.frontends.onnx.symbolic import Poly, to_dim
 from bitwright.frontends.onnx.values import Nothing, NotStatic, Poison, Val, Value
 from bitwright.ir import ops
@@ -144,6 +144,8 @@ class Importer:
 
     def _bounded(self, op: ops.Op, types: Iterable[TensorType]) -> None:
         for t in types:
+            if t.rank > LARGEST_RANK:
+                raise Unsupported(Problem(op.spelling, self.origin, f"a result of rank {t.rank} has too many axes"))
             count = 1
             for d in t.shape:
                 count *= d if isinstance(d, int) else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ from bitwright.frontends.onnx import (
     ops_signal,
 )
 from bitwright.frontends.onnx.importer import MALFORMED, Importer, Limits, Scope, clean
-from bitwright.frontends.onnx.reader import array_handle, dtype_of_element, read_model
+from bitwright.frontends.onnx.reader import LARGEST_ELEMENTS, LARGEST_RANK, array_handle, dtype_of_element, read_model
 from bitwright.frontends.onnx.values import NeedsConstants, Nothing, Poison, Seq, Val, Value
 from bitwright.ir.errors import BitwrightError, InvalidInput, Problem, Unsupported, did_you_mean
 from bitwright.ir.graph import Graph
@@ -191,11 +192,16 @@ class Inputs:
 
     def _shape(self, v: onnx.ValueInfoProto) -> tuple[Dim, ...]:
         if v.name in self.shapes:
-            return tuple(self._given(d) for d in self.shapes[v.name])
+            return self._within(v, tuple(self._given(d) for d in self.shapes[v.name]))
         t = v.type.tensor_type
         if not t.HasField("shape"):
             raise Unsupported(Problem("input", v.name, "its rank is not declared", f"give shapes={{{v.name!r}: ...}}"))
-        return tuple(self._dim(d, f"{v.name}_{i}") for i, d in enumerate(t.shape.dim))
+        return self._within(v, tuple(self._dim(d, f"{v.name}_{i}") for i, d in enumerate(t.shape.dim)))
+
+    def _within(self, v: onnx.ValueInfoProto, dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
+        if len(dims) > LARGEST_RANK or math.prod(d for d in dims if isinstance(d, int)) > LARGEST_ELEMENTS:
+            raise Unsupported(Problem("input", v.name, f"a tensor of shape {list(dims)} is too large"))
+        return dims
 
     def _given(self, d: Dim) -> Dim:
         if isinstance(d, int):

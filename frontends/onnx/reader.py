@@ -43,6 +43,7 @@ DTYPES: dict[int, DType] = {
 }  # fmt: skip
 ELEMENTS = {v: k for k, v in DTYPES.items()}
 LARGEST_ELEMENTS = 1 << 36
+LARGEST_RANK = 16
 
 
 def dtype_of_element(element: int, place: str, operator: str = "tensor") -> DType:
@@ -114,7 +115,7 @@ def _external(t: TensorProto, folder: Path | None, want: int) -> Array:
 
 def tensor_type(t: TensorProto, place: str) -> TensorType:
     """Type of a tensor proto; raises :class:`InvalidInput` for impossible dims."""
-    if any(d < 0 for d in t.dims) or math.prod(t.dims) > LARGEST_ELEMENTS:
+    if any(d < 0 for d in t.dims) or len(t.dims) > LARGEST_RANK or math.prod(t.dims) > LARGEST_ELEMENTS:
         raise InvalidInput(f"{place}: shape {list(t.dims)} is impossible")
     return TensorType(dtype_of_element(t.data_type, place), tuple(t.dims))
 

@@ -48,8 +48,7 @@ def test_operator_equals_onnxruntime(case: Case) -> None:
 def test_symbolic_size_gives_the_same_or_is_refused(case: Case) -> None:
     try:
         graph = load_onnx(case.model(symbolic=True))
-    except Unsupported as e:
-        assert e.problems
+    except Unsupported:
         return
     verify(graph)
     compare(case, [to_numpy(t) for t in evaluate(graph, case.inputs)], reference(case))

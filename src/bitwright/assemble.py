@@ -15,6 +15,7 @@ from bitwright.codegen.build import Built, Kernel, build, nbytes_of
 from bitwright.codegen.cache import Cache
 from bitwright.codegen.cost import cost_of, macs
 from bitwright.codegen.targets.machine import cpu_name
+from bitwright.comparison import results_of
 from bitwright.ir import ops
 from bitwright.ir.batch import why_not_separable
 from bitwright.ir.errors import InvalidInput, Problem, Unsupported
@@ -28,7 +29,6 @@ from bitwright.runtime.artifact import Contents
 from bitwright.runtime.manifest import Manifest, Result, StepRow, TensorSpec
 from bitwright.runtime.program import Program
 from bitwright.runtime.report import Formats, Layer, PassRow, Refusal, Report
-from bitwright.comparison import results_of
 
 Progress = Callable[[str, float], None]
 _DIFF_LIMIT = 100_000

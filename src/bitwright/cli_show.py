@@ -18,9 +18,9 @@ from bitwright.runtime.plots import FAMILIES, family, pass_text
 
 if TYPE_CHECKING:
     from bitwright.advice import Advice
+    from bitwright.comparison import Comparison
     from bitwright.runtime.program import Program
     from bitwright.runtime.report import Layer, Report
-    from bitwright.comparison import Comparison
 
 _PIPE_WIDTH = 170
 _STYLES = {"float": "", "dense": "blue", "sparse": "dark_orange"}

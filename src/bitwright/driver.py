@@ -153,7 +153,7 @@ def lower(
     ``keep["quantized"]`` receives the last graph-level form, before integers replace its float meaning.
     """
     from bitwright.passes._instruments import Diff, Dump
-    from bitwright.passes._manager import run_pipeline
+    from bitwright.passes._manager import Pipeline, run_pipeline
     from bitwright.passes._pass import Context
     from bitwright.passes.lowering.channels_last import ChannelsLast
     from bitwright.passes.lowering.fold_views import FoldViews
@@ -161,7 +161,11 @@ def lower(
     from bitwright.passes.pipelines import standard
 
     context = Context(target, batches(calibration), progress)
-    pipeline = standard(recipe) + [ChannelsLast(), FoldViews(), Fuse()]
+    backend = (ChannelsLast(), FoldViews(), Fuse())
+    if graph.level == "graph":
+        pipeline = standard(recipe) + backend  # noqa: RUF005 (a Pipeline, not a tuple)
+    else:  # already lowered by hand or by `opt`: only what is left to do
+        pipeline = Pipeline(backend if graph.level == "integer" else (), graph.level)
     diff = Diff()
     instruments: list[Any] = [diff, *([Dump(Path(dump))] if dump else [])]
     if keep is not None:

@@ -48,6 +48,33 @@ def binary(rw: Rewriter, node: Node) -> bool:
 _POWERS = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
 
 
+def expanded(rw: Rewriter, node: Node) -> bool:
+    """x + expand(c) = x + c when x has the result's shape: operators broadcast by themselves."""
+    g = rw.graph
+    for i, (v, other) in enumerate((node.inputs, node.inputs[::-1])):
+        inner = made_by(g, v, ops.Expand)
+        if inner is not None and g.types[other].shape == node.type.shape:
+            inputs = (inner.inputs[0], other) if i == 0 else (other, inner.inputs[0])
+            return _emit(rw, node, node.op, *inputs)
+    return False
+
+
+def gather(rw: Rewriter, node: Node) -> bool:
+    """gather(w, k everywhere) = expand(w[k]) for a constant table and one constant index."""
+    g, (w, index) = rw.graph, node.inputs
+    inner = made_by(g, index, ops.Expand)
+    k = uniform(g, inner.inputs[0] if inner is not None else index)
+    rows = g.types[w].shape[0] if g.types[w].rank else 0
+    if k is None or node.op.axis != 0 or not g.is_constant(w) or g.types[w].encoding is not None:  # type: ignore[attr-defined]
+        return False
+    row = int(k) + (int(rows) if k < 0 else 0)
+    if not 0 <= row < int(rows) or g.types[index].rank == 0:
+        return False
+    out = rw.emit(ops.Slice(0, row, row + 1), rw.of(w)[0], name=f"{node.output}.row", origin=node.origin)
+    rw.keep_as(node, ops.Expand(node.type.shape), (out,))
+    return True
+
+
 def unary(rw: Rewriter, node: Node) -> bool:
     """reciprocal(sqrt(x)) = rsqrt(x); not(not(x)) = neg(neg(x)) = x; relu(relu(x)) = relu(x)."""
     name, (x,) = node.op.fn, node.inputs  # type: ignore[attr-defined]

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
-
-import numpy as np
 
 from bitwright.ir import ops
 from bitwright.ir.build import Rewriter, rewrite
 from bitwright.ir.graph import Graph, Node
-from bitwright.passes._match import array, made_by, scaled, uniform, used_once
+from bitwright.passes._match import made_by, scaled, uniform, used_once
 from bitwright.passes._pass import Context, Pass
-
-NEVER = -1e30
-"""A score this low (added or put in place) is minus infinity whatever the other scores are."""
+from bitwright.passes.canonical._attention import NEVER, is_triangle
 
 
 @dataclass
@@ -125,20 +120,10 @@ def _mask(graph: Graph, scores: str) -> tuple[str, tuple[str | None, bool] | str
     if node is not None and isinstance(node.op, ops.Binary) and node.op.fn == "add":
         for a, b in (node.inputs, node.inputs[::-1]):
             if made_by(graph, scaled(graph, a)[0], ops.MatMul) is not None and graph.types[a] == node.type:
-                return a, ((None, True) if _is_causal(graph, b, node) else (b, False))
+                return a, ((None, True) if is_triangle(graph, b, node.type.shape[-2:]) else (b, False))
     if node is not None and isinstance(node.op, ops.Where) and graph.types[node.inputs[1]] == node.type:
         lowest = uniform(graph, node.inputs[2])
         if lowest is None or not lowest <= NEVER:
             return node.inputs[1], "its mask puts a finite score in place of the masked ones"
         return node.inputs[1], (node.inputs[0], False)
     return scores, None
-
-
-def _is_causal(graph: Graph, value: str, scores: Node) -> bool:
-    """True for a constant that is 0 on and below the diagonal and lower than anything above it."""
-    a = array(graph, value)
-    if a is None or a.shape[-2:] != scores.type.shape[-2:] or math.prod(a.shape[:-2]) != 1 or a.shape[-1] < 2:
-        return False
-    square = a.reshape(a.shape[-2:])
-    above = np.triu(np.ones(square.shape, bool), 1)
-    return bool((square[~above] == 0).all() and (square[above] <= NEVER).all())

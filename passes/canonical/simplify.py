@@ -1,4 +1,4 @@
-"""Identities: one spelling for each computation. The rules are in ``_identities.py`` and ``_contractions.py``."""
+"""Identities: one spelling for each computation. The rules are in the files that start with an underscore."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from bitwright.ir import ops
 from bitwright.ir.build import Rewriter, rewrite
 from bitwright.ir.graph import Graph, Node
 from bitwright.passes._pass import Context, Pass
+from bitwright.passes.canonical import _attention as heads
 from bitwright.passes.canonical import _contractions as around
 from bitwright.passes.canonical import _identities as same
 
 Rule = Callable[[Rewriter, Node], bool]
 
 RULES: Mapping[type[ops.Op], tuple[Rule, ...]] = {
-    ops.Binary: (same.binary, around.add_bias),
+    ops.Binary: (same.binary, same.expanded, around.add_bias),
     ops.Unary: (same.unary,),
     ops.Clamp: (same.clamp,),
     ops.Cast: (same.cast,),
@@ -28,6 +29,8 @@ RULES: Mapping[type[ops.Op], tuple[Rule, ...]] = {
     ops.Pad: (same.nothing_moves,),
     ops.Tile: (same.nothing_moves,),
     ops.Quantize: (same.quantize,),
+    ops.Gather: (same.gather,),
+    ops.Attention: (heads.causal_mask, heads.shared_heads),
     ops.MatMul: (around.matmul,),
     ops.Conv: (around.pad_into,),
     ops.MaxPool: (around.pad_into,),

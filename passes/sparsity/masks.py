@@ -114,14 +114,13 @@ def _rank(s: torch.Tensor) -> torch.Tensor:
     if group > 8:
         order = torch.sort(s, dim=-1, descending=True, stable=True).indices
         return torch.empty_like(order).scatter_(-1, order, torch.arange(group).expand_as(order))
-    columns = s.unbind(-1)
-    ranks = [torch.zeros_like(c, dtype=torch.int8) for c in columns]
-    for j in range(group):
-        for i in range(j):
-            later = columns[j] > columns[i]  # an equal one stays behind the earlier index
-            ranks[i] += later
-            ranks[j] += ~later
-    return torch.stack(ranks, -1)
+    columns = s.movedim(-1, 0).contiguous()
+    ranks = torch.zeros_like(columns, dtype=torch.int8)
+    for j in range(1, group):
+        ahead = (columns[j] > columns[:j]).to(torch.int8)  # an equal one stays behind the earlier index
+        ranks[:j] += ahead
+        ranks[j] += j - ahead.sum(0, dtype=torch.int8)
+    return ranks.movedim(0, -1)
 
 
 def nm_mask_array(

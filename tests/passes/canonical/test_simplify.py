@@ -235,6 +235,76 @@ def test_linear_between_views_of_its_leading_axes(check: Any) -> None:
     )
 
 
+def test_broadcasts_are_left_to_the_operator(check: Any) -> None:
+    """Token types that are all zero: one row of the table, added to every token."""
+    check(
+        Simplify(),
+        before="""
+            graph @g (%x: f32[b, 3, 4]) -> (y = %y) level=graph {
+              %table = weight {ref="types.weight"} : f32[2, 4]
+              %zero = constant {values=[0]} : s64[1, 1]
+              %ids = expand(%zero) {shape=["b", 3]} : s64[b, 3]
+              %e = gather(%table, %ids) : f32[b, 3, 4]
+              %y = add(%x, %e) : f32[b, 3, 4]
+            }
+        """,
+        after="""
+            graph @g (%x: f32[b, 3, 4]) -> (y = %y) level=graph {
+              %table = weight {ref="types.weight"} : f32[2, 4]
+              %e.row = slice(%table) {stop=1} : f32[1, 4]
+              %y = add(%x, %e.row) : f32[b, 3, 4]
+            }
+        """,
+    )
+
+
+def test_repeated_key_heads_become_groups(check: Any) -> None:
+    check(
+        Simplify(),
+        before="""
+            graph @g (%q: f32[b, 4, 5, 8], %k: f32[b, 2, 5, 8], %v: f32[b, 2, 5, 8]) -> (y = %y) level=graph {
+              %k1 = reshape(%k) {shape=["b", 2, 1, 5, 8]} : f32[b, 2, 1, 5, 8]
+              %k2 = expand(%k1) {shape=["b", 2, 2, 5, 8]} : f32[b, 2, 2, 5, 8]
+              %k3 = reshape(%k2) {shape=["b", 4, 5, 8]} : f32[b, 4, 5, 8]
+              %v1 = reshape(%v) {shape=["b", 2, 1, 5, 8]} : f32[b, 2, 1, 5, 8]
+              %v2 = expand(%v1) {shape=["b", 2, 2, 5, 8]} : f32[b, 2, 2, 5, 8]
+              %v3 = reshape(%v2) {shape=["b", 4, 5, 8]} : f32[b, 4, 5, 8]
+              %y = attention(%q, %k3, %v3) {scale=0.5} : f32[b, 4, 5, 8]
+            }
+        """,
+        after="""
+            graph @g (%q: f32[b, 4, 5, 8], %k: f32[b, 2, 5, 8], %v: f32[b, 2, 5, 8]) -> (y = %y) level=graph {
+              %y = attention(%q, %k, %v) {scale=0.5, kv_groups=2} : f32[b, 4, 5, 8]
+            }
+        """,
+    )
+
+
+def test_constant_masks_of_attention(check: Any) -> None:
+    check(
+        Simplify(),
+        before="""
+            graph @g (%q: f32[2, 3, 8], %k: f32[2, 3, 8], %v: f32[2, 3, 8]) -> (a = %a, b = %b, c = %c) level=graph {
+              %lower = weight {ref="lower"} : bool[2, 3, 3]
+              %all = constant {values=[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]} : f32[3, 3]
+              %some = constant {values=[0.0, 0.0, -inf]} : f32[1, 3]
+              %a = attention(%q, %k, %v, %lower) : f32[2, 3, 8]
+              %b = attention(%q, %k, %v, %all) : f32[2, 3, 8]
+              %c = attention(%q, %k, %v, %some) : f32[2, 3, 8]
+            }
+        """,
+        after="""
+            graph @g (%q: f32[2, 3, 8], %k: f32[2, 3, 8], %v: f32[2, 3, 8]) -> (a = %a, b = %b, c = %c) level=graph {
+              %some = constant {values=[0.0, 0.0, -inf]} : f32[1, 3]
+              %a = attention(%q, %k, %v) {causal=true} : f32[2, 3, 8]
+              %b = attention(%q, %k, %v) : f32[2, 3, 8]
+              %c = attention(%q, %k, %v, %some) : f32[2, 3, 8]
+            }
+        """,
+        weights={"lower": np.broadcast_to(np.tri(3, dtype=bool), (2, 3, 3)).copy()},
+    )
+
+
 @pytest.mark.parametrize(
     "body",
     [

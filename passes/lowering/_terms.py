@@ -9,7 +9,7 @@ import numpy as np
 from bitwright.ir import ops
 from bitwright.ir.build import Rewriter
 from bitwright.ir.graph import Node
-from bitwright.ir.types import S8, S32, TensorType
+from bitwright.ir.types import F32, S8, S32, TensorType
 from bitwright.ir.weights import Array
 from bitwright.passes.lowering._dyadic import SAFE, Emitter, Grid, Term, scalar_quantization
 
@@ -66,6 +66,8 @@ class Reader(Emitter):
     def contraction(self, node: Node) -> Term | str:
         """Emit the integer form of a contraction; the term of its result, or why there is none."""
         op, x = node.op, self.low(node.inputs[0])
+        if node.type.dtype != F32:
+            return f"its result is {node.type.dtype}: cast the model to f32 first"
         if isinstance(op, ops.MatMul):
             return self._matmul(node, op)
         if x is None:
@@ -122,10 +124,10 @@ class Reader(Emitter):
         """A mean of a dequantized tensor: the sum of its centred integers, scaled by one over the count."""
         if isinstance(node.op, ops.AvgPool):
             return self._average(node, node.op)
-        if not isinstance(node.op, ops.Reduce) or node.op.fn != "mean":
+        if not isinstance(node.op, ops.Reduce) or node.op.fn != "mean" or not node.op.axes:
             return None
         x, shape = self.low(node.inputs[0]), self.graph.types[node.inputs[0]].shape
-        sizes = [shape[a] for a in node.op.axes or range(len(shape))]
+        sizes = [shape[a] for a in node.op.axes]
         count = math.prod(s for s in sizes if isinstance(s, int))
         if x is None or not all(isinstance(s, int) for s in sizes) or x.bound * count >= SAFE:
             return None

@@ -153,7 +153,7 @@ def is_mean(graph: Graph, node: Node) -> bool:
     """A mean over a known number of elements: reduce_mean, or pooling whose windows all count alike."""
     t = graph.types[node.inputs[0]] if node.inputs else None
     if isinstance(node.op, ops.Reduce) and t is not None:
-        return node.op.fn == "mean" and all(isinstance(t.shape[a], int) for a in node.op.axes) and t.rank > 0
+        return node.op.fn == "mean" and bool(node.op.axes) and all(isinstance(t.shape[a], int) for a in node.op.axes)
     if isinstance(node.op, ops.AvgPool) and t is not None:
         plain = not any(node.op.extra) and (node.op.count_padding or not any(node.op.padding))
         return plain and isinstance(t.shape[-1 if node.op.channels_last else 1], int)

@@ -18,7 +18,8 @@ from bitwright.ir.text import show
 from bitwright.ir.verify import verify
 from bitwright.passes import Context
 from bitwright.passes.lowering._dyadic import dyadic
-from bitwright.passes.lowering.to_integer import LowerToInteger, sink_dequantize
+from bitwright.passes.lowering._sink import sink_dequantize
+from bitwright.passes.lowering.to_integer import LowerToInteger
 
 Read = Callable[..., Graph]
 

@@ -114,7 +114,7 @@ def fused_cases(c: Cases) -> None:
     c.add_case("scale per column", {"x": x, "g": g, "t": scales}, *per, steps=1)
     per = (ops.LayerNorm(), ("x", "g")), (ops.Quantize(S8, axis=0), ("v0", "t"))
     c.add_case("scale per row", {"x": x, "g": g, "t": scales[:9].copy()}, *per, steps=1)
-    acc = {"x": RNG.integers(-9999, 9999, (9, 50)).astype(np.int32), "t": scales * np.float32(1e-2)}
+    acc: dict[str, Array] = {"x": RNG.integers(-9999, 9999, (9, 50)).astype(np.int32), "t": scales * np.float32(1e-2)}
     c.add_case("s32 in", acc, (ops.Dequantize(axis=1), ("x", "t")), (ops.Softmax(), ("v0",)))
     c.add_case("bool out", {"x": x, "g": g}, (ops.Softmax(), ("x",)), (ops.Binary("lt"), ("v0", "g")))
 

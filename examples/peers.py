@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 Feed = dict[str, np.ndarray[Any, Any]]
@@ -52,7 +52,7 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def quantize(model: Path, calibration: Sequence[Feed], path: Path) -> Path:
-    """onnxruntime's static quantization: QDQ, unsigned activations, signed weights per channel."""
+    """onnxruntime's static quantization, its advice for CNNs: QDQ, unsigned activations, signed weights per channel."""
     ready = path.with_suffix(".ready.onnx")
     with quiet():
         quant_pre_process(str(model), str(ready))
@@ -60,6 +60,19 @@ def quantize(model: Path, calibration: Sequence[Feed], path: Path) -> Path:
             str(ready), str(path), _Reader(calibration), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
         )  # fmt: skip
+    ready.unlink()
+    return path
+
+
+def quantize_transformer(model: Path, path: Path) -> Path:
+    """onnxruntime's dynamic quantization, its advice for transformers.
+
+    On MiniLM, signed weights per channel are faster and closer to float than unsigned ones, and than static QDQ.
+    """
+    ready = path.with_suffix(".ready.onnx")
+    with quiet():
+        quant_pre_process(str(model), str(ready))
+        quantize_dynamic(str(ready), str(path), per_channel=True, weight_type=QuantType.QInt8)
     ready.unlink()
     return path
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bitwright.runtime.program import Program
     from bitwright.runtime.report import Layer, Report
 
-_PIPE_WIDTH = 170
+_PIPE_WIDTH = 200
 _STYLES = {"float": "", "dense": "blue", "sparse": "dark_orange"}
 
 
@@ -53,10 +53,11 @@ def layers(report: Report) -> Table:
     rows = report.layers
     columns: list[tuple[str, list[str | Text]]] = [
         ("layer", [Text(x.name, _STYLES[family(x)]) for x in rows]),
-        ("operation", [x.op for x in rows]),
+        ("written at", [x.origin for x in rows]),
+        ("operation", [x.op.replace("+", " ") for x in rows]),
         ("shape", [shape_text(x.shape) if x.shape else "" for x in rows]),
         ("formats", [formats_text(x.formats) for x in rows]),
-        ("mask", [x.pattern for x in rows]),
+        ("mask", [_short_pattern(x.pattern) for x in rows]),
         ("kernel", [x.kernel for x in rows]),
         (">bytes", [units.size(x.bytes) for x in rows]),
         (">predicted", [units.seconds(x.predicted_seconds) for x in rows]),
@@ -67,6 +68,11 @@ def layers(report: Report) -> Table:
     ]
     used = [(head, cells) for head, cells in columns if any(str(c) not in ("", units.UNKNOWN) for c in cells)]
     return table([h for h, _ in used], zip(*(cells for _, cells in used), strict=True), title="Layers")
+
+
+def _short_pattern(pattern: str) -> str:
+    """``2:4`` for ``nm<2:4, axis=1>``: the axis is always the reduction here."""
+    return pattern.partition("<")[2].split(",")[0].rstrip(">") if pattern.startswith("nm<") else pattern
 
 
 def _why(layer: Layer) -> str:

@@ -15,7 +15,7 @@ from bitwright.codegen.tvm.elementwise import Elementwise
 from bitwright.codegen.tvm.template import Refused, canonical
 from bitwright.ir import ops
 from bitwright.ir.build import Builder
-from bitwright.ir.types import BF16, F16, F32, S8, S16, S32, U8, TensorType, parse_dtype, parse_type
+from bitwright.ir.types import BF16, F16, F32, S8, S32, U8, TensorType, parse_dtype, parse_type
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -105,7 +105,7 @@ def test_dequantize(q: str) -> None:
     check(lambda b: b.emit(ops.Dequantize(), "x0", "x1"), f"{q}[5, 33]", "f32[]")
 
 
-@pytest.mark.parametrize("dtype", [S8, U8, S16, S32])
+@pytest.mark.parametrize("dtype", [S8, U8, S32])
 def test_requantize(dtype: Any) -> None:
     acc = array("s32[5, 77]")
     acc[0, :6] = [-(2**31), 2**31 - 1, 0, 1, -1, 12345]
@@ -113,7 +113,7 @@ def test_requantize(dtype: Any) -> None:
         m = np.array(RNG.integers(1, 2**31, shape), np.int32)
         e = np.array(RNG.integers(1, 63, shape) if axis != 0 else [1, 31, 32, 40, 62], np.int32)
         text = ", ".join(map(str, shape))
-        for zero in (0, 3):
+        for zero in (0,) if dtype == S8 else (3,):
             check(
                 lambda b, z=zero, a=axis: b.emit(ops.Requantize(dtype, z, a), "x0", "x1", "x2"),  # type: ignore[misc]
                 "s32[5, 77]", f"s32[{text}]", f"s32[{text}]", arrays=[acc, m, e],

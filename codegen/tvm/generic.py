@@ -26,6 +26,7 @@ from bitwright.codegen.tvm.generic_nest import (
     sort_bytes,
 )
 from bitwright.codegen.tvm.generic_rows import ROWS, scores_bytes
+from bitwright.codegen.tvm.pointwise import needs_exact, why_unsupported
 from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
 from bitwright.codegen.tvm.tir import Builder, Pointer, width
 from bitwright.ir import ops
@@ -75,7 +76,8 @@ class Generic(Template):
         pointers = {v.name: b.param(f"x{i}", memory(v.type.dtype), v.type.size) for i, v in enumerate(body.inputs)}
         tables = [b.param(f"t{i}", F64 if t.dtype == np.float64 else S32, t.size) for i, t in enumerate(_tables(body))]
         outs = [b.param(f"y{i}", memory(body.types[o].dtype), body.types[o].size) for i, o in enumerate(body.outputs)]
-        ev = Evaluator(b, body, pointers, tables, b.scratch(config.scratch_bytes) if config.scratch_bytes else None)
+        scratch = b.scratch(config.scratch_bytes) if config.scratch_bytes else None
+        ev = Evaluator(b, body, pointers, tables, scratch, config.isa, needs_exact(body))
         root = root_of(body)
         if root is not None and isinstance(root.op, SCATTERS):
             run_scatter(ev, root, dict(zip(body.outputs, outs, strict=True)))
@@ -109,6 +111,9 @@ def refusal(body: Graph) -> str:
     unknown = sorted({n.op.spelling for n in body.nodes if not isinstance(n.op, known)})
     if unknown:
         return f"no rule for {', '.join(unknown)}"
+    for n in body.nodes:
+        if isinstance(n.op, ops.POINTWISE) and (why := why_unsupported(n.op, [body.types[x].dtype for x in n.inputs])):
+            return why
     if sum(isinstance(n.op, COSTLY) for n in body.nodes) > 1:
         return "more than one costly operator"
     if sum(isinstance(n.op, ops.Resize) for n in body.nodes) > 1:

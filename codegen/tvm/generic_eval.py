@@ -26,6 +26,12 @@ Rule = Callable[["Evaluator", Node, int, Idx], Vec]
 RULES: dict[type[ops.Op], Rule] = {}
 """``RULES[type(op)](evaluator, node, result number, index)``: the value of one element of a result."""
 
+EXACT = (
+    ops.Reshape, ops.Transpose, ops.Expand, ops.Concat, ops.Slice, ops.Tile, ops.Flip, ops.Pad, ops.Gather,
+    ops.GatherElements, ops.GatherNd, ops.ScatterElements, ops.ScatterNd, ops.Constant,
+)  # fmt: skip
+"""Operators whose results are elements of their operands: nothing to round."""
+
 
 @dataclass(eq=False)
 class Evaluator:
@@ -36,6 +42,8 @@ class Evaluator:
     pointers: dict[str, Pointer]
     tables: list[Pointer] = field(default_factory=list)
     scratch: Pointer | None = None
+    isa: str = "portable"
+    exact: bool = False
     layers: list[dict[Any, Any]] = field(default_factory=lambda: [{}])
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -107,9 +115,24 @@ class Evaluator:
             value = self._pointwise(node, idx)
         else:
             value = RULES[type(node.op)](self, node, node.outputs.index(name), idx)
-        value = self.b.let(convert(value, self.dtype(name)))
+        exact = node is None or isinstance(node.op, EXACT)
+        value = self.b.let(value) if exact else self.keep(value, self.dtype(name))
         self.remember(key, (value, idx))  # idx kept alive: its identity is the key
         return value
+
+    def keep(self, value: Vec, dtype: DType) -> Vec:
+        """The value rounded to ``dtype`` and evaluated once."""
+        if dtype == BF16:
+            return self.b.let(self._bf16(convert(value, F32)))
+        return self.b.let(convert(value, dtype))
+
+    def _bf16(self, value: Vec) -> Vec:
+        """An f32 rounded to bf16, ties to even; NaN stays. In registers: TVM would rearrange the sums of bits."""
+        bits = self.b.register(U32, 1, value.bits(U32))
+        odd = self.b.register(U32, 1, (bits.get() >> 16) & 1)
+        near = self.b.register(U32, 1, bits.get() + odd.get() + 0x7FFF)
+        number = (bits.get() & 0x7FFFFFFF).le(0x7F800000)
+        return (number.select(near.get(), bits.get()) & 0xFFFF0000).bits(F32)
 
     def number(self, name: str, idx: Idx) -> Vec:
         """The element in the format that arithmetic on it uses (f16 and bf16 as f32)."""
@@ -137,7 +160,7 @@ class Evaluator:
         """A pointwise operator on scalars."""
         if isinstance(op, ops.Cast) and BF16 in (op.dtype, args[0].dtype):
             return convert(args[0], op.dtype)
-        return emit_pointwise(op, list(args))
+        return emit_pointwise(self.b, op, list(args), isa=self.isa, exact=self.exact)
 
     def load(self, pointer: Pointer, at: Index, dtype: DType) -> Vec:
         """An element of memory that holds ``dtype``, carried."""
@@ -145,12 +168,12 @@ class Evaluator:
         return (v.cast(U32) << 16).bits(F32) if dtype == BF16 else v
 
     def store(self, pointer: Pointer, at: Index, value: Vec, dtype: DType) -> None:
-        """Convert to ``dtype`` and store."""
-        value = convert(value, dtype)
+        """Store a value of ``dtype``, carried."""
         self.b.store(pointer, at, (value.bits(U32) >> 16).cast(U16) if dtype == BF16 else value)
 
     def _literal(self, node: Node, idx: Idx) -> Vec:
-        values = [const(int(v) if isinstance(v, bool) else v, carried(node.type.dtype)) for v in node.op.values]  # type: ignore[attr-defined]
+        kind = node.type.dtype
+        values = [const(kind.numpy.type(v).item(), carried(kind)) for v in node.op.values]  # type: ignore[attr-defined]
         at, result = scalar(self.flat(node.output, idx)), values[0]
         for k, v in enumerate(values[1:], 1):
             result = at.eq(k).select(v, result)
@@ -206,7 +229,7 @@ def convert(v: Vec, dtype: DType) -> Vec:
 
 
 def _round_bf16(v: Vec) -> Vec:
-    """An f32 rounded to the nearest bf16, ties to even; NaN stays NaN."""
+    """An f32 rounded to the nearest bf16, ties to even; NaN stays NaN. ``v`` is repeated: let it be a variable."""
     bits = v.bits(U32)
     near = (bits + (((bits >> 16) & 1) + 0x7FFF)) & 0xFFFF0000
     return is_nan(v).select(v, near.bits(F32))

@@ -120,7 +120,7 @@ def _pad(ev: Evaluator, node: Node, _: int, idx: Idx) -> Vec:
 
 def _fill(value: float, dtype: DType) -> float:
     if dtype.is_float:
-        return value
+        return float(dtype.numpy.type(value))
     if dtype.kind == "bool":
         return int(bool(value))
     return int(value)

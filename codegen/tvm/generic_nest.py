@@ -167,7 +167,7 @@ def run_scan(ev: Evaluator, nest: Nest, root: Node, outputs: dict[str, Pointer])
             v = convert(ev.at(x, tuple(idx)), acc)
             total.set(total.get() + v)
             now = ev.b.let(total.get())
-            ev.fix(root.output, ev.b.let(convert(now - v if op.exclusive else now, dtype)))
+            ev.fix(root.output, ev.keep(now - v if op.exclusive else now, dtype))
             store(ev, outputs, tuple(idx))
 
 
@@ -308,4 +308,4 @@ def _update(ev: Evaluator, root: Node, target: Pointer, at: Index, new: Vec) -> 
             new = take_max(new, old, 1 if how == "max" else -1)
         else:
             new = old + new if how == "add" else old * new
-    ev.store(target, at, new, dtype)
+    ev.store(target, at, new if how == "none" else ev.keep(new, dtype), dtype)

@@ -46,11 +46,11 @@ def _rsqrt(v: Vec) -> Vec:
 
 def affine(ev: Evaluator, y: Vec, dtype: DType, scale: Vec | None, bias: Vec | None) -> Vec:
     """y * scale + bias, rounded to ``dtype`` after each step as the reference does."""
-    y = convert(y, dtype)
+    y = ev.keep(y, dtype)
     if scale is not None:
-        y = convert(convert(y, work(dtype)) * scale, dtype)
+        y = ev.keep(convert(y, work(dtype)) * scale, dtype)
     if bias is not None:
-        y = convert(convert(y, work(dtype)) + bias, dtype)
+        y = ev.keep(convert(y, work(dtype)) + bias, dtype)
     return y
 
 

@@ -26,7 +26,7 @@ from kernel_batch import Array, Batch, Case, body_of, call, load
 FLOATS = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 INTS = [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
 ALL = [*FLOATS, *INTS, np.bool_]
-TARGETS = ["x86-avx512-vnni", "x86-portable"]
+TARGETS = ["x86-portable", "x86-avx512-vnni"]
 
 
 class Maker:
@@ -134,8 +134,9 @@ def reduce_cases(m: Maker) -> None:
         x = m.array(3, 5, 4, dtype=dtype)
         if fn == "logsum":
             x = np.abs(x) if np.dtype(dtype).kind != "b" else x
-        m.add(ops.Reduce(fn, (1,)), x)
         m.add(ops.Reduce(fn, (0, 2), True), x)
+        if dtype in (np.float32, np.int8):
+            m.add(ops.Reduce(fn, (1,)), x)
     for fn in ("sum", "mean", "max", "min", "prod", "l1", "l2", "logsumexp", "sumsq"):
         m.add(ops.Reduce(fn, (0, 1, 2)), m.array(3, 5, 4))
         m.add(ops.Reduce(fn, (-1,)), m.array(3, 7, special=True))
@@ -267,6 +268,23 @@ def norm_cases(m: Maker) -> None:
     m.add(ops.Attention(0.5, True, 1), m.array(1, 4, 5, 6), m.array(7, 6), m.array(7, 2), mask)
 
 
+def pointwise_cases(m: Maker) -> None:
+    """Broadcasts of every kind; scales per tensor, axis and group."""
+    for dtype in ALL:
+        m.add(ops.Binary("max"), m.array(3, 1, 4, dtype=dtype), m.array(5, 1, dtype=dtype))
+        m.add(ops.Where(), m.array(2, 1, dtype=np.bool_), m.array(3, dtype=dtype), m.array(dtype=dtype))
+    for axis, group, shape in ((None, 0, ()), (1, 0, (6,)), (-1, 0, (1,)), (1, 2, (4, 3)), (0, 4, (1, 6))):
+        scale = np.abs(m.array(*shape)) * 0.1 + 0.05
+        zero = m.array(*shape, dtype=np.uint8)
+        m.add(ops.Quantize(U8, axis, group), m.array(4, 6), scale, zero)
+        m.add(ops.Dequantize(axis, group), m.array(4, 6, dtype=np.uint8), scale, zero)
+        m.add(ops.Dequantize(axis, group), m.array(4, 6, dtype=np.int8), scale)
+    acc = m.rng.integers(-(2**30), 2**30, (3, 4, 5)).astype(np.int32)
+    for shape, axis in (((), None), ((4,), 1)):
+        scale, shift = (m.rng.integers(a, b, shape).astype(np.int32) for a, b in ((2**29, 2**31 - 1), (50, 56)))
+        m.add(ops.Requantize(S8, -3, axis), acc, np.asarray(scale), np.asarray(shift))
+
+
 def fused_cases(m: Maker) -> None:
     """Pointwise and shape operators around the costly one; several outputs."""
     relu = ops.Unary("relu")
@@ -335,7 +353,7 @@ def test_refusals() -> None:
 
 FAMILIES: list[Callable[[Maker], None]] = [
     shape_cases, index_cases, resize_cases, reduce_cases, topk_cases, pool_cases, contraction_cases,
-    norm_cases, fused_cases,
+    norm_cases, pointwise_cases, fused_cases,
 ]  # fmt: skip
 
 
@@ -344,5 +362,6 @@ FAMILIES: list[Callable[[Maker], None]] = [
 def test_family(family: Callable[[Maker], None], target: str) -> None:
     m = Maker(0)
     family(m)
-    failures = Batch(Generic(), target, m.cases).run()
+    cases = m.cases if target == TARGETS[0] else m.cases[1::5]  # what differs between targets is LLVM's part
+    failures = Batch(Generic(), target, cases).run()
     assert not failures, f"{len(failures)} of {len(m.cases)}:\n" + "\n".join(failures[:40])

@@ -60,7 +60,8 @@ def _specs_none(tree: Any, leaf: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(tree, torch.Tensor):
         return leaf(tree)
     if isinstance(tree, (list, tuple)):
-        return [_specs_none(t, leaf) for t in tree]
+        specs = [_specs_none(t, leaf) for t in tree]
+        return specs if isinstance(tree, list) else tuple(specs)
     if isinstance(tree, dict):
         return {k: _specs_none(v, leaf) for k, v in tree.items()}
     return None

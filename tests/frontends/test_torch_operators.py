@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from bitwright.frontends.torch_export import capture
+from bitwright.ir.graph import Graph
 from bitwright.ir.interpret import evaluate
 from bitwright.ir.text import parse, show
 from bitwright.ir.verify import verify
@@ -54,7 +55,7 @@ def ints(high: int, *shape: int, low: int = 0) -> torch.Tensor:
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(high))
 
 
-def check(module: nn.Module, inputs: tuple[torch.Tensor, ...], **options: Any) -> None:
+def check(module: nn.Module, inputs: tuple[torch.Tensor, ...], **options: Any) -> Graph:
     """Captured, verified and interpreted, the module gives what eager torch gives; the text form round-trips."""
     graph = capture(module, inputs, **options)
     verify(graph, "graph")
@@ -67,6 +68,7 @@ def check(module: nn.Module, inputs: tuple[torch.Tensor, ...], **options: Any) -
     for have, want in zip(results, expected, strict=True):
         assert have.dtype == want.dtype
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5, equal_nan=True)
+    return graph
 
 
 X = rand(2, 3, 4)
@@ -603,6 +605,21 @@ def _failure(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> str:
     except Exception as e:
         return str(e)
     return ""
+
+
+SYMBOLIC = (
+    "pointwise: where", "shape: permutations", "shape: repeat", "shape: splits", "reduction: arg", "reduction: topk",
+    "index: two indices", "index: index select", "index: embedding", "contraction: matmul",
+    "contraction: attention causal", "pool: average ceil", "resize: bilinear", "layer: conv same", "layer: lstm",
+    "layer: multihead attention", "layer: batch norm",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_operator_with_symbolic_batch(name: str) -> None:
+    module, inputs = CASES[name]
+    graph = check(module, inputs, dynamic_batch=True)
+    assert graph.inputs[0].type.shape[0] == "b"
 
 
 def test_the_table_is_wide() -> None:

@@ -165,7 +165,7 @@ class Importer:
 
     def _emit_constant(self, x: Val) -> str:
         assert x.handle is not None
-        small = x.type.size <= 64 and (x.rank == 0 or not x.label or x.type.dtype.is_integer)
+        small = x.type.size <= 64 and (x.rank == 0 or not x.label or (x.rank == 1 and x.type.dtype.is_integer))
         if small and x.type.dtype.kind in ("float", "int", "uint", "bool"):
             return self.builder.constant(x.handle.array, x.type, name=clean(x.label), origin=self.origin)
         key = clean(x.label) or "folded"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitwright.frontends.onnx.call import Call
+from bitwright.frontends.onnx.symbolic import Entry, Poly
 from bitwright.frontends.onnx.values import Val
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
@@ -48,63 +49,70 @@ def _resize(c: Call) -> Val:
         raise InvalidInput(f"mode is {rule.mode!r}")
     axes = c.axes(c.ints("axes") or range(x.rank), x.rank)
     roi, scales, sizes = _operands(c, x, axes)
-    changed = [a for a in range(x.rank) if scales[a] != 1.0 or sizes[a] != x.shape[a] or roi[a] != (0.0, 1.0)]
-    if max((sizes[a] for a in changed), default=0) > LARGEST_AXIS:
-        raise c.refuse(f"a resize to {sizes}")
-    exact = all(float(sizes[a]) == c.size(x, a) * scales[a] for a in changed)
+    changed = [a for a in range(x.rank) if scales[a] != 1.0 or sizes[a] is not None or roi[a] != (0.0, 1.0)]
+    target = {a: c.size(x, a) if sizes[a] is None else int(sizes[a] or 0) for a in changed}
+    if max(target.values(), default=0) > LARGEST_AXIS:
+        raise c.refuse(f"a resize to {target}")
+    exact = all(float(target[a]) == c.size(x, a) * scales[a] for a in changed)
     plain = not rule.antialias and not rule.exclude and rule.coordinates in _COORDINATES
     if plain and 3 <= x.rank <= 5 and all(a >= 2 for a in changed) and (exact or rule.coordinates != "align_corners"):
         space = range(2, x.rank)
         op = ops.Resize(
-            tuple(int(sizes[a] if a in changed else c.size(x, a)) for a in space), tuple(scales[a] for a in space),
+            tuple(target[a] if a in changed else c.size(x, a) for a in space), tuple(scales[a] for a in space),
             rule.mode, rule.coordinates, rule.rounding, rule.cubic,
         )  # fmt: skip
         return c.emit(op, x)
     for a in changed:
-        x = _along(c, x, a, rule, scales[a], sizes[a], roi[a])
+        x = _along(c, x, a, rule, scales[a], target[a], roi[a])
     return x
 
 
-def _operands(c: Call, x: Val, axes: Sequence[int]) -> tuple[list[tuple[float, float]], list[float], list[int]]:
-    """roi, scale and size of every axis of x."""
+Plan = tuple[list[tuple[float, float]], list[float], list[int | None]]
+
+
+def _operands(c: Call, x: Val, axes: Sequence[int]) -> Plan:
+    """roi, scale and new size (None: as it is) of every axis of x."""
     at = (None, 1, None) if c.since < 11 else (1, 2, 3)
-    given = [None if i is None or c.value(i) is None else c.x(i) for i in at]
-    arrays = [
-        None if v is None or v.type.size == 0 else c.known(v, w)
-        for v, w in zip(given, ("roi", "scales", "sizes"), strict=True)
-    ]
-    roi_in, scales_in, sizes_in = (None if a is None else a.reshape(-1).tolist() for a in arrays)
-    roi, scales = [(0.0, 1.0)] * x.rank, [1.0] * x.rank
-    sizes = [d if isinstance(d, int) else 0 for d in x.shape]
-    n = len(axes)
-    if (scales_in is None) == (sizes_in is None):
+    given = [None if i is None or c.value(i) is None or c.x(i).type.size == 0 else i for i in at]
+    if (given[1] is None) == (given[2] is None):
         raise InvalidInput("exactly one of scales and sizes must be given")
-    if len(scales_in or sizes_in or ()) != n:
-        raise InvalidInput(f"scales or sizes do not fit {n} axes")
-    if roi_in is not None and c.text("coordinate_transformation_mode") == "tf_crop_and_resize":
+    wanted = c.entries(given[1] if given[1] is not None else given[2] or 0)
+    if len(wanted) != len(axes):
+        raise InvalidInput(f"scales or sizes do not fit {len(axes)} axes")
+    roi = [(0.0, 1.0)] * x.rank
+    if given[0] is not None and c.text("coordinate_transformation_mode") == "tf_crop_and_resize":
+        values = c.const(given[0], "roi").reshape(-1).tolist()
         for i, a in enumerate(axes):
-            roi[a] = (float(roi_in[i]), float(roi_in[n + i]))
-    if scales_in is not None:
-        if min(scales_in) <= 0:
-            raise InvalidInput(f"scales {scales_in}")
-        for a, s in zip(axes, scales_in, strict=True):
-            if s != 1:
-                scales[a], sizes[a] = float(s), int(np.floor(c.size(x, a) * np.float64(s)))
-        return roi, scales, sizes
-    _from_sizes(c, x, axes, [int(s) for s in sizes_in or ()], (scales, sizes))
+            roi[a] = (float(values[i]), float(values[len(axes) + i]))
+    make = _from_scales if given[1] is not None else _from_sizes
+    scales, sizes = make(c, x, axes, wanted)
     return roi, scales, sizes
 
 
-def _from_sizes(c: Call, x: Val, axes: Sequence[int], wanted: list[int], out: tuple[list[float], list[int]]) -> None:
-    scales, sizes = out
+def _from_scales(c: Call, x: Val, axes: Sequence[int], wanted: list[Entry]) -> tuple[list[float], list[int | None]]:
+    scales, sizes = [1.0] * x.rank, [None] * x.rank  # type: tuple[list[float], list[int | None]]
+    for a, s in zip(axes, wanted, strict=True):
+        if isinstance(s, Poly) or not s > 0:
+            raise InvalidInput(f"a scale of {s}")
+        if s != 1:
+            scales[a], sizes[a] = float(s), int(np.floor(c.size(x, a) * np.float64(s)))
+    return scales, sizes
+
+
+def _from_sizes(c: Call, x: Val, axes: Sequence[int], wanted: list[Entry]) -> tuple[list[float], list[int | None]]:
+    scales, sizes = [1.0] * x.rank, [None] * x.rank  # type: tuple[list[float], list[int | None]]
     policy = c.text("keep_aspect_ratio_policy", "stretch")
-    ratios = {a: w / c.size(x, a) for a, w in zip(axes, wanted, strict=True)}
+    target = {a: w for a, w in zip(axes, wanted, strict=True) if w != x.dims[a] or policy != "stretch"}
+    if any(isinstance(w, Poly) for w in target.values()):
+        raise c.refuse("a resize to a symbolic size")
+    ratios = {a: int(w) / c.size(x, a) for a, w in target.items()}  # type: ignore[arg-type]
     if policy != "stretch":
         same = (min if policy == "not_larger" else max)(ratios.values())
-        wanted = [int(np.floor(same * c.size(x, a) + 0.5)) for a in axes]
-        ratios = dict.fromkeys(axes, same)
-    for a, w in zip(axes, wanted, strict=True):
-        scales[a], sizes[a] = ratios[a], w
+        target = {a: int(np.floor(same * c.size(x, a) + 0.5)) for a in target}
+        ratios = dict.fromkeys(target, same)
+    for a, w in target.items():
+        scales[a], sizes[a] = ratios[a], int(w)  # type: ignore[arg-type]
+    return scales, sizes
 
 
 def _along(c: Call, x: Val, axis: int, rule: Rule, scale: float, size: int, roi: tuple[float, float]) -> Val:

@@ -14,6 +14,9 @@ from bitwright.runtime import plots, units
 from bitwright.runtime.html_style import SCRIPT, STYLE
 from bitwright.runtime.report import Formats, Layer, Refusal, Report
 
+_DIFF_LIMIT = 20_000
+_DIFF_STYLES = {"+": "good", "-": "warn", "@": "empty"}
+
 
 def write_html(report: Report | Sequence[Report], path: str | os.PathLike[str], *, title: str = "") -> None:
     """Write the page, whole or not at all; several reports stand on one page, one after the other.
@@ -74,8 +77,7 @@ def _section(report: Report) -> str:
 
 
 def _tiles(report: Report) -> str:
-    layers = report.layers
-    tiles = [_tile(_figure(name, value), name) for name, value in report.figures.items() if value is not None]
+    layers, tiles = report.layers, []
     measured = [x.measured_seconds for x in layers if x.measured_seconds is not None]
     predicted = [x.predicted_seconds for x in layers if x.predicted_seconds is not None]
     if measured:
@@ -86,9 +88,9 @@ def _tiles(report: Report) -> str:
         total = sum(kinds.values())
         tiles.append(_tile(f"{kinds['sparse']} / {total}", "layers sparse"))
         tiles.append(_tile(f"{kinds['sparse'] + kinds['dense']} / {total}", "layers in integers"))
-    if sizes := [x.bytes for x in layers if x.bytes is not None]:
-        tiles.append(_tile(units.size(sum(sizes)), "weights and data moved"))
     tiles.append(_tile(str(len(report.refusals)), "refused requests"))
+    figures = {k: v for k, v in report.figures.items() if v is not None and not (predicted and "predicted" in k)}
+    tiles += [_tile(_figure(name, value), name) for name, value in figures.items()]
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -99,11 +101,11 @@ def _figure(name: str, value: float) -> str:
         return units.size(value)
     if "share" in name or "error" in name or "accuracy" in name:
         return units.percent(value)
-    return units.significant(value)
+    return f"{value:,.0f}" if value == int(value) else units.significant(value)
 
 
 def _tile(value: str, label: str) -> str:
-    words = label.replace("_", " ").removesuffix(" seconds").removesuffix(" bytes")
+    words = label.replace("_", " ").removesuffix(" seconds").replace(" bytes", "")
     return f'<div class="tile"><b>{escape(value)}</b><span>{escape(words)}</span></div>'
 
 
@@ -173,9 +175,9 @@ def _table(heads: Sequence[tuple[str, str]], rows: Iterable[str]) -> str:
     )
 
 
-def _cell(text: str, *, sort: object = None, cls: str = "", small: str = "") -> str:
+def _cell(text: str, *, sort: object = None, cls: str = "", small: str = "", more: str = "") -> str:
     key = "" if sort is None else str(sort)
-    more = f"<small>{escape(small)}</small>" if small else ""
+    more = (f"<small>{escape(small)}</small>" if small else "") + more
     inner = text if text else f'<span class="empty">{units.UNKNOWN}</span>'
     return f'<td class="{cls}" data-v="{escape(key)}">{inner}{more}</td>'
 
@@ -207,12 +209,13 @@ def _layers(layers: Sequence[Layer]) -> str:
 def _layer_row(x: Layer) -> str:
     style = plots.family(x)
     mask = f'<span class="chip {style}">{escape(x.pattern)}</span>' if x.pattern else ""
-    density = units.percent(x.density) + " kept" if x.density is not None and x.density < 1 else ""
+    density = units.percent(x.density) + " kept" if x.density is not None and x.pattern else ""
+    below = " · ".join(t for t in (x.op.replace("+", " + "), x.name, plots.place(x)) if t and t != plots.title(x))
     why = " · ".join([x.reason, *x.notes] if x.reason else x.notes)
     formats = f'<span class="chip {style}">{escape(text)}</span>' if (text := formats_text(x.formats)) else ""
     cells = [
-        _cell(escape(x.name), sort=x.name, cls="name", small=" · ".join(t for t in (x.op, x.origin) if t)),
-        _cell(f"<code>{escape(' x '.join(map(str, x.shape)))}</code>" if x.shape else "", sort=x.operations),
+        _cell(escape(plots.title(x)), sort=plots.title(x), cls="name", small=below),
+        _cell(f"<code>{escape(' x '.join(map(str, x.shape)))}</code>" if x.shape else "", sort=x.operations, cls="nw"),
         _cell(formats, sort=text),
         _cell(mask, sort=x.pattern, small=density),
         _cell(f"<code>{escape(x.kernel)}</code>" if x.kernel else "", sort=x.kernel, small=why),
@@ -254,7 +257,7 @@ def _passes(report: Report) -> str:
         return ""
     rows = (
         f"<tr>{_number(str(p.index), p.index)}"
-        f"{_cell(f'<code>{escape(plots.pass_text(p))}</code>', sort=p.name, small=' · '.join(p.notes))}"
+        f"{_cell(_code(plots.pass_text(p)), sort=p.name, small=' · '.join(p.notes), more=_diff(p.diff))}"
         f"{_number(units.seconds(p.seconds), p.seconds)}"
         f"{_cell(f'{p.nodes_before} → {p.nodes_after}' if p.changed else 'unchanged', sort=p.nodes_after, cls='n')}"
         f"{_number(units.percent(p.error), p.error)}</tr>"
@@ -265,6 +268,20 @@ def _passes(report: Report) -> str:
         '<section class="card"><h2>Passes</h2><p>In the order they ran. The error of a pass that may change values '
         f"is measured on the calibration data.</p>{_table(heads, rows)}</section>"
     )
+
+
+def _code(text: str) -> str:
+    return f"<code>{escape(text)}</code>"
+
+
+def _diff(text: str) -> str:
+    """What a pass changed, folded away; a long one is cut with a word on where the rest is."""
+    if not text:
+        return ""
+    cut = text[:_DIFF_LIMIT].rpartition("\n")[0] + "\n... the rest: bitwright inspect --pass NAME --diff"
+    lines = (cut if len(text) > _DIFF_LIMIT else text).splitlines()
+    marked = (f'<span class="{_DIFF_STYLES.get(t[:1], "")}">{escape(t)}</span>' for t in lines)
+    return f"<details><summary>what it changed</summary><pre>{chr(10).join(marked)}</pre></details>"
 
 
 def _provenance(report: Report) -> str:

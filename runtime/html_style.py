@@ -34,7 +34,7 @@ th[aria-sort=ascending]::after{content:" \\2191"}
 th[aria-sort=descending]::after{content:" \\2193"}
 td small{display:block;color:var(--faint);font-size:12px;max-width:46ch;overflow-wrap:anywhere}
 td.name{font-weight:600;overflow-wrap:anywhere;min-width:150px}td.name small{font-weight:400}
-td:has(>code){min-width:96px}
+td.nw{white-space:nowrap}td:has(>code){min-width:96px}
 code,.chip{font:12px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace}
 code{overflow-wrap:anywhere}
 .chip{display:inline-block;background:var(--chip);border-radius:4px;padding:0 6px;white-space:nowrap}
@@ -45,6 +45,9 @@ margin-right:6px}
 .gauge i{display:block;height:6px;border-radius:3px;background:currentColor}
 .float{color:var(--float)}.dense{color:var(--dense)}.sparse{color:var(--sparse)}
 .good{color:var(--good)}.warn{color:var(--warn)}
+details{margin-top:2px;font-size:12px}summary{color:var(--soft);cursor:pointer}
+pre{overflow-x:auto;max-width:min(900px,70vw);max-height:420px;background:var(--page);border-radius:6px;
+padding:8px 10px;margin:6px 0;font:12px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace}
 .empty{color:var(--faint)}
 svg{display:block;width:100%;height:auto;overflow:visible}
 svg text{fill:var(--soft);font:12px system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}

@@ -25,6 +25,17 @@ def family(layer: Layer) -> Family:
     return "dense" if word[:1] in ("s", "u", "t") or word.startswith("bipolar") else "float"
 
 
+def title(layer: Layer) -> str:
+    """What a user calls a layer: its module path or ONNX node where known, else the name of its value."""
+    head = layer.origin.partition(", ")[0]
+    return head if head and ".py:" not in head else layer.name
+
+
+def place(layer: Layer) -> str:
+    """The source line a layer was written at, if known."""
+    return next((t for t in reversed(layer.origin.split(", ")) if ".py:" in t), "")
+
+
 def seconds_of(layer: Layer) -> float | None:
     """The measured time, else the predicted one."""
     return layer.measured_seconds if layer.measured_seconds is not None else layer.predicted_seconds
@@ -89,9 +100,9 @@ def layer_bars(layers: Sequence[Layer]) -> str:
 
 def _layer_bar(layer: Layer, value: float) -> _Bar:
     predicted = layer.predicted_seconds if layer.measured_seconds is not None else None
-    hint = f"{layer.name}: {units.seconds(layer.measured_seconds)} measured"
+    hint = f"{layer.name}, {layer.op}: {units.seconds(layer.measured_seconds)} measured"
     hint += f", {units.seconds(layer.predicted_seconds)} predicted, kernel {layer.kernel or 'none'}"
-    return _Bar(layer.name, value, units.seconds(value), family(layer), hint, predicted)
+    return _Bar(title(layer), value, units.seconds(value), family(layer), hint, predicted)
 
 
 def pass_text(row: PassRow) -> str:
@@ -176,7 +187,7 @@ def speed_plot(layers: Sequence[Layer]) -> str:
 
 
 def _point(p: _Point, x: float, y: float, limit: float | None) -> str:
-    hint = f"{p.layer.name}: {units.rate(p.speed)}"
+    hint = f"{title(p.layer)}: {units.rate(p.speed)}"
     stem = ""
     if limit is not None and p.limit is not None:
         hint += f", limit {units.rate(p.limit)} ({units.percent(p.layer.share_of_limit)})"

@@ -27,7 +27,17 @@ def sample() -> Report:
         model='evil "<script>alert(1)</script>"',
         target="host",
         layers=[sparse, plain],
-        passes=[PassRow(index=1, name="nm-mask", options="pattern=2:4", seconds=0.2, changed=True, error=0.01)],
+        passes=[
+            PassRow(
+                index=1,
+                name="nm-mask",
+                options="pattern=2:4",
+                seconds=0.2,
+                changed=True,
+                error=0.01,
+                diff="--- before\n+++ after\n+  %w = weight <new>\n",
+            )
+        ],
         refusals=[Refusal(pass_name="nm-mask", place="stem", reason="9 is not a multiple of 4", cure="exclude stem")],
         figures={"latency_seconds": 0.0003, "unknown": None},
         machine={"processor": "AMD EPYC"},
@@ -81,7 +91,7 @@ def test_names_are_escaped() -> None:
     "figure",
     ["u8 x s8 → s32 → u8", "nm&lt;2:4, axis=1&gt;", "50 % kept", "contract_u8s8_nm24", "295 kB", "11.0 µs", "12.0 µs",
      "80 %", "0.4 %", "1.3 times dense", "kept in float: last layer", "9 is not a multiple of 4", "exclude stem",
-     "model.py:41", "nm-mask{pattern=2:4}", "200 ms", "AMD EPYC", "300 µs"],
+     "model.py:41", "%w = weight &lt;new&gt;", "nm-mask{pattern=2:4}", "200 ms", "AMD EPYC", "300 µs"],
 )  # fmt: skip
 def test_page_shows(figure: str) -> None:
     assert figure in page([sample()])

@@ -14,7 +14,7 @@ from rich.text import Text
 from bitwright.ir.errors import InvalidInput, did_you_mean
 from bitwright.runtime import units
 from bitwright.runtime.html import formats_text
-from bitwright.runtime.plots import FAMILIES, family, pass_text
+from bitwright.runtime.plots import FAMILIES, family, pass_text, title
 
 if TYPE_CHECKING:
     from bitwright.advice import Advice
@@ -52,8 +52,8 @@ def layers(report: Report) -> Table:
     """One row per layer: what it is, what was done, what it costs. Columns nobody filled are left out."""
     rows = report.layers
     columns: list[tuple[str, list[str | Text]]] = [
-        ("layer", [Text(x.name, _STYLES[family(x)]) for x in rows]),
-        ("written at", [x.origin for x in rows]),
+        ("layer", [Text(title(x), _STYLES[family(x)]) for x in rows]),
+        ("value", [x.name if x.name != title(x) else "" for x in rows]),
         ("operation", [x.op.replace("+", " ") for x in rows]),
         ("shape", [shape_text(x.shape) if x.shape else "" for x in rows]),
         ("formats", [formats_text(x.formats) for x in rows]),
@@ -222,11 +222,14 @@ def pass_story(report: Report, name: str | None, diff: bool) -> None:
 
 
 def find_layer(report: Report, name: str) -> Layer:
-    """The layer of that name, or the only one whose name holds it; raises :class:`InvalidInput`."""
-    names = [x.name for x in report.layers]
-    found = [x for x in report.layers if x.name == name] or [x for x in report.layers if name in x.name]
+    """The layer of that name or module path, or the only one that holds it; raises :class:`InvalidInput`."""
+    names = [n for x in report.layers for n in (x.name, title(x))]
+    exact = [x for x in report.layers if name in (x.name, title(x))]
+    found = exact or [x for x in report.layers if name in x.name or name in title(x)]
     if len(found) == 1:
         return found[0]
     if found:
-        raise InvalidInput(f"{name!r} fits {len(found)} layers: {', '.join(x.name for x in found[:8])}")
+        raise InvalidInput(
+            f"{name!r} fits {len(found)} layers: {', '.join(f'{x.name} ({title(x)})' for x in found[:8])}"
+        )
     raise InvalidInput(f"no layer is called {name!r}{did_you_mean(name, names)}; `bitwright inspect` lists them")

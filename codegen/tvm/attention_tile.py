@@ -129,9 +129,8 @@ class TileWriter:
     def _pack_queries(self, t: Tile) -> None:
         """Queries times scale, [depth][query]; queries past the last one repeat it."""
         a, b, lanes, q = self.a, self.b, self.lanes, self.a.q
-        for v in range(t.vectors):
+        with b.loop(t.vectors, name="v") as v:
             first = b.index(t.row + v * lanes)
-            left = b.index(a.rows - 1 - first)
             if q.col == 1:
                 rows = [b.index(t.bases["q"] + minimum(first + n, a.rows - 1) * q.row) for n in range(lanes)]
                 whole = a.depth // lanes
@@ -140,12 +139,13 @@ class TileWriter:
                 if a.depth % lanes:
                     self._pack_block(t, rows, whole * lanes, v, a.depth % lanes)
             else:
+                left = b.index(a.rows - 1 - first)
                 start = b.index(t.bases["q"] + first * q.row)
                 with b.loop(a.depth, name="d") as d:
                     x = self.strided(q, b.index(start + d * q.col), q.row, lanes, left)
                     b.store(self.parts["q"], d * self._width(t) + v * lanes, x * a.op.scale)
 
-    def _pack_block(self, t: Tile, rows: list[Index], d: Index, v: int, valid: int) -> None:
+    def _pack_block(self, t: Tile, rows: list[Index], d: Index, v: Index, valid: int) -> None:
         b, lanes = self.b, self.lanes
         block = [b.let(self.load(self.a.q, r + d, lanes, valid) * self.a.op.scale) for r in rows]
         for k, line in enumerate(transpose(block, b.let)[:valid]):
@@ -214,29 +214,39 @@ class TileWriter:
         return lambda x: x + wide
 
     def _add_mask(self, t: Tile, end: Index, top: list[Register]) -> None:
-        """Apply a mask of queries by keys to the scores, in transposed blocks."""
-        a, b, lanes, mask = self.a, self.b, self.lanes, self.a.mask
+        """Apply a mask of queries by keys to the scores; find the maxima."""
+        b, lanes, mask, best = self.b, self.lanes, self.a.mask, self.parts["inverse"]
         assert mask is not None
-        for v in range(t.vectors):
-            first = b.index(t.row + v * lanes)
-            if mask.col != 1 or a.keys < lanes:
-                start = b.index(t.bases["mask"] + first * mask.row)
-                left = b.index(a.rows - 1 - first)
+        with b.loop(t.vectors, name="v") as v:
+            highest = b.register(F32, lanes, const(-INF, F32, lanes))
+            if mask.col == 1 and self.a.keys >= lanes:
+                self._add_mask_blocks(t, end, v, highest)
+            else:
+                first = b.index(t.row + v * lanes)
+                start, left = b.index(t.bases["mask"] + first * mask.row), b.index(self.a.rows - 1 - first)
                 with b.loop(end, name="s") as s:
                     m = self.strided(mask, b.index(start + s * mask.col), mask.row, lanes, left)
-                    self._mask_score(t, s, v, m, top[v])
-                continue
-            rows = [b.index(t.bases["mask"] + minimum(first + n, a.rows - 1) * mask.row) for n in range(lanes)]
-            with b.loop((end + (lanes - 1)) // lanes, name="block") as k:
-                key = b.index(minimum(k * lanes, a.keys - lanes))
-                block = [self.load(mask, r + key, lanes, None) for r in rows]
-                fresh = b.index(k * lanes - key)  # keys before it were in the block before
-                for j, line in enumerate(transpose(block, b.let)):
-                    inside = True if is_static(end) else key + j < end
-                    with b.when(True if a.keys % lanes == 0 else fresh <= j), b.when(inside):
-                        self._mask_score(t, b.index(key + j), v, line, top[v])
+                    self._mask_score(t, s, v, m, highest)
+            b.store(best, v * lanes, highest.get())
+        for k, r in enumerate(top):
+            r.set(b.load(best, k * lanes, lanes))
 
-    def _mask_score(self, t: Tile, key: Index, v: int, mask: Vec, top: Register) -> None:
+    def _add_mask_blocks(self, t: Tile, end: Index, v: Index, highest: Register) -> None:
+        """The mask by transposed blocks; the last one begins where it ends with the row."""
+        a, b, lanes, mask = self.a, self.b, self.lanes, self.a.mask
+        assert mask is not None
+        first = b.index(t.row + v * lanes)
+        rows = [b.index(t.bases["mask"] + minimum(first + n, a.rows - 1) * mask.row) for n in range(lanes)]
+        with b.loop((end + (lanes - 1)) // lanes, name="block") as k:
+            key = b.index(minimum(k * lanes, a.keys - lanes))
+            block = [self.load(mask, r + key, lanes, None) for r in rows]
+            fresh = b.index(k * lanes - key)  # keys before it were in the block before
+            for j, line in enumerate(transpose(block, b.let)):
+                inside = True if is_static(end) else key + j < end
+                with b.when(True if a.keys % lanes == 0 else fresh <= j), b.when(inside):
+                    self._mask_score(t, b.index(key + j), v, line, highest)
+
+    def _mask_score(self, t: Tile, key: Index, v: Index, mask: Vec, top: Register) -> None:
         assert self.a.mask is not None
         at = self.b.index(key * self._width(t) + v * self.lanes)
         score = self.b.let(self.b.load(self.parts["scores"], at, self.lanes))

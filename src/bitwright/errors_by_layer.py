@@ -19,15 +19,18 @@ def layer_errors(graph: Graph, quantized: Graph | None, calibration: Sequence[An
     """
     if quantized is None or not calibration:
         return {}
+    import torch
+
     batch = calibration[0]
     if not isinstance(batch, dict) and graph.symbols:
         batch = tuple(a[:_ROWS] for a in batch)
-    wanted = {o for n in quantized.nodes if not isinstance(n.op, (ops.Weight, ops.Constant)) for o in n.outputs}
+    wanted = {n.output for n in quantized.nodes if isinstance(n.op, (*ops.CONTRACTION, ops.Attention))}
+    wanted |= set(quantized.outputs)
     kept: dict[str, Any] = {}
 
     def keep(name: str, value: Any) -> None:
         if name in wanted and value.is_floating_point():
-            kept[name] = value.double()
+            kept[name] = value
 
     evaluate(graph, batch, observe=keep)
     out: dict[str, float] = {}
@@ -35,9 +38,9 @@ def layer_errors(graph: Graph, quantized: Graph | None, calibration: Sequence[An
     def compare(name: str, value: Any) -> None:
         want = kept.get(name)
         if want is not None and want.shape == value.shape and value.is_floating_point():
-            norm = float(want.square().sum())
+            norm = float(torch.linalg.vector_norm(want))
             if norm > 0:
-                out[name] = float(((value.double() - want).square().sum() / norm).sqrt())
+                out[name] = float(torch.linalg.vector_norm(value - want)) / norm
 
     evaluate(quantized, batch, observe=compare)
     return out

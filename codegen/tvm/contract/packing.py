@@ -115,19 +115,19 @@ def packed_sizes(spec: ContractSpec, plan: Plan, layout: Layout) -> tuple[int, i
 def pack_weights(spec: ContractSpec, plan: Plan, layout: Layout, weight: Array, mask: Array | None) -> list[Array]:
     """Packed weights and, if sparse, packed indices."""
     dense = to_runs(spec, np.asarray(weight, spec.weight_dtype.numpy))
+    cols = spec.cols // spec.groups
+    if not plan.sparse:  # consecutive activations: the slots in order, zeros behind the end
+        pad = plan.steps * plan.quad - plan.length
+        steps = np.pad(dense, [(0, 0)] * 3 + [(0, pad)]).reshape(*dense.shape[:3], plan.steps, plan.quad)
+        return [_interleave(layout, cols, steps)]
     kept = dense != 0 if mask is None else to_runs(spec, np.asarray(mask, bool))
-    if not plan.sparse:
-        kept = np.ones_like(kept)
     if np.any(dense[~kept] != 0):
         raise InvalidInput("a weight outside the mask is not zero")
     values, positions = _compact(plan, dense, kept)
     group, nth, real = _slots(plan)
-    cols = spec.cols // spec.groups
     weights = np.where(real, values[..., group, nth], np.zeros((), values.dtype))
-    arrays = [_interleave(layout, cols, weights)]
-    if plan.sparse:
-        arrays.append(_interleave(layout, cols, _pack_indices(plan, layout, positions[..., group, nth], real)))
-    return arrays
+    indices = _pack_indices(plan, layout, positions[..., group, nth], real)
+    return [_interleave(layout, cols, weights), _interleave(layout, cols, indices)]
 
 
 def _pack_indices(plan: Plan, layout: Layout, positions: Array, real: Array) -> Array:
@@ -141,25 +141,25 @@ def _pack_indices(plan: Plan, layout: Layout, positions: Array, real: Array) -> 
 def unpack_weights(spec: ContractSpec, plan: Plan, layout: Layout, arrays: list[Array]) -> tuple[Array, Array]:
     """Logical weights, and which of them are stored (non-zero slots; everything if dense)."""
     runs, cols = runs_of(spec).count, spec.cols // spec.groups
-    group, _, real = _slots(plan)
     flat = _separate(layout, cols, arrays[0], (spec.groups, runs, plan.steps, plan.quad))
-    where = np.broadcast_to(group * plan.group, flat.shape)
-    if plan.sparse:
-        packed = _separate(layout, cols, arrays[1], (spec.groups, runs, plan.vectors, plan.quad)).view(
-            f"u{arrays[1].itemsize}"
-        )
-        position = np.empty(flat.shape, np.int64)
-        for n, (step, _, first) in enumerate(plan.walk()):
-            field = (packed[..., first + step.vector, :].astype(np.int64) >> step.shift) & ((1 << plan.bits) - 1)
-            position[..., n, :] = field - np.array(step.base)
-        where = where + np.where(real, position, 0)
-    dense = np.zeros((*flat.shape[:3], plan.groups * plan.group), flat.dtype)
-    stored = flat.astype(np.float64) != 0 if plan.sparse else np.broadcast_to(real, flat.shape)
-    index = np.nonzero(stored)
-    if int(where[index].max(initial=0)) >= plan.length or int(where[index].min(initial=0)) < 0:
+    if not plan.sparse:  # consecutive activations: the slots in order
+        dense = flat.reshape(*flat.shape[:3], -1)[..., : plan.length]
+        return from_runs(spec, dense), from_runs(spec, np.ones_like(dense, bool))
+    group, _, real = _slots(plan)
+    packed = _separate(layout, cols, arrays[1], (spec.groups, runs, plan.vectors, plan.quad))
+    fields = packed.view(f"u{arrays[1].itemsize}")
+    where = np.empty(flat.shape, np.int32)
+    for n, (step, _, first) in enumerate(plan.walk()):
+        field = (fields[..., first + step.vector, :].astype(np.int32) >> step.shift) & ((1 << plan.bits) - 1)
+        where[..., n, :] = field - np.array(step.base, np.int32)
+    where = np.where(real, where + (group * plan.group).astype(np.int32), plan.length)
+    stored = flat != 0
+    if np.any(stored & ((where < 0) | (where >= plan.length))):
         raise InvalidInput("a packed index points outside its reduction")
-    dense[(*index[:3], where[index])] = flat[index]
-    kept = np.zeros(dense.shape, bool)
-    kept[(*index[:3], where[index])] = True
+    spare = np.where(stored, where, plan.length).reshape(*flat.shape[:3], -1)  # zeros go to one column too many
+    dense = np.zeros((*flat.shape[:3], plan.length + 1), flat.dtype)
+    np.put_along_axis(dense, spare.astype(np.int64), flat.reshape(spare.shape), -1)
+    dense[..., plan.length] = 0
+    kept = dense != 0
     cut = slice(0, plan.length)
     return from_runs(spec, dense[..., cut]), from_runs(spec, kept[..., cut])

@@ -27,11 +27,9 @@ _ROWS = 32
 def load_arrays(path: Path) -> Arrays:
     """The arrays of an .npz file (or one .npy), by name; never unpickles. Raises :class:`InvalidInput`."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"": loaded}
-        with loaded:
-            arrays = {name: loaded[name] for name in loaded.files}
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            arrays = {"": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
         raise InvalidInput(f"{path} is not a readable .npz file: {error}") from error
     if not arrays:

@@ -18,7 +18,7 @@ from bitwright.passes.pipelines import RECIPES
 from bitwright.passes.registry import PASSES
 from bitwright.runtime.report import Report
 
-Arrays = dict[str, np.ndarray]  # type: ignore[type-arg]
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)

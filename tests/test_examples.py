@@ -37,7 +37,7 @@ def test_demo_runs(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").is_file()
 
 
-def rounded(bits: int) -> tuple[np.ndarray, np.ndarray, int]:  # type: ignore[type-arg]
+def rounded(bits: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Weights before and after ``round-weights``, and how many things it refused."""
     text = """graph @g (%x: f32[2, 8]) -> (y = %y) level=graph {
       %w = weight {ref="fc.weight"} : f32[4, 8]

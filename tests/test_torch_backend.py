@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_another_batch_size_compiles_another_program() -> None:
 def test_options_reach_the_compiler() -> None:
     module = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
     x = torch.randn(64, 32)
-    options = {"recipe": "int8", "calibration": [x.numpy()]}
+    options: Any = {"recipe": "int8", "calibration": [x.numpy()]}
     fast = torch.compile(module, backend="bitwright", options=options)
     with torch.no_grad():
         got, want = fast(x), module(x)

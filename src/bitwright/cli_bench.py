@@ -45,7 +45,7 @@ def profile(program: Program, arrays: Arrays, *, threads: int) -> None:
 def onnxruntime_call(model: Path, arrays: Arrays, threads: int) -> Callable[[], object]:
     """A call of onnxruntime's processor back end on the same inputs; raises :class:`InvalidInput`."""
     try:
-        import onnxruntime as ort
+        import onnxruntime as ort  # type: ignore[import-untyped]
     except ImportError as error:
         raise BitwrightError("onnxruntime is not installed: pip install onnxruntime") from error
     if not model.is_file():

@@ -130,11 +130,9 @@ class _Run:
         after = after if changed else graph
         measured, why_not = self.error.of(after, p) if changed and p.lossy else (None, "")
         notes = [why_not] if why_not else []
-        for count, word in (
-            (len(self.context.remarks) - remarked, "remarks"),
-            (len(self.context.refusals) - refused, "refused"),
-        ):
-            notes += [f"{count} {word}"] if count else []
+        told, kept = len(self.context.remarks) - remarked, len(self.context.refusals) - refused
+        notes += [f"{told} remark{'s' if told > 1 else ''}"] if told else []
+        notes += [f"{kept} refused"] if kept else []
         sizes = len(graph.nodes), len(after.nodes)
         self.rows.append(PassRow(index, p.name, p.options, seconds, *sizes, changed, False, tuple(notes), measured))
         for i in self.instruments:

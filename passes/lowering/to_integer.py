@@ -70,7 +70,8 @@ class LowerToInteger(Pass):
         """The integer contraction, and its float form for those that read it as float (dead when nobody does)."""
         found = reader.contraction(node)
         if isinstance(found, str):
-            context.refuse(self.name, layer_of(reader.graph, node), f"stays float: {found}")
+            cure = "quantize weights symmetrically to s8" if "zero point" in found else ""
+            context.refuse(self.name, layer_of(reader.graph, node), f"stays float: {found}", cure)
             reader.rw.keep(node)
             return
         reader.contracted[node.output] = found

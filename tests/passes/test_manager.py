@@ -70,7 +70,7 @@ def test_a_row_per_pass(read: Read) -> None:
         ("nm-mask", "pattern=1:4", 2, 2, True),
         ("fold-batch-norm", "", 2, 2, False),
     ]
-    assert report.rows[1].notes == ("output error not measured: no calibration data", "1 remarks")
+    assert report.rows[1].notes == ("output error not measured: no calibration data", "1 remark")
     assert report.remarks[0][:2] == ("nm-mask", "fc")
     assert report.pipeline == "simplify, nm-mask{pattern=1:4}, fold-batch-norm"
     assert report.as_dict()["rows"][0]["name"] == "simplify"

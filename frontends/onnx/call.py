@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, FunctionProto, NodeProto, TypeProto, helper
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, TypeProto, helper
 
 from bitwright.frontends.onnx.importer import Importer, Result, Scope
-from bitwright.frontends.onnx.reader import ELEMENTS
+from bitwright.frontends.onnx.reader import DTYPES, ELEMENTS
 from bitwright.frontends.onnx.symbolic import Entry, Poly, Unknown, to_dim
 from bitwright.frontends.onnx.values import Nothing, NotStatic, Seq, Val, Value, as_entries
 from bitwright.ir import ops
@@ -24,9 +24,28 @@ def _default(a: AttributeProto) -> Any:
     return helper.get_attribute_value(a) if a.type else None
 
 
+LARGEST_IOTA = 1 << 24
+_ELEMENT_NAMES = {TensorProto.DataType.Name(k).lower(): d for k, d in DTYPES.items()}
+
+
 def shortest(value: float) -> float:
     """The shortest decimal that rounds to the f32 in the file: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
+
+
+_ALLOWED: dict[tuple[str, str, int, int], frozenset[DType]] = {}
+
+
+def allowed_types(s: onnx.defs.OpSchema, i: int) -> frozenset[DType]:
+    """Number formats that a schema allows for operand ``i``; empty when it does not say."""
+    formals = s.inputs
+    at = min(i, len(formals) - 1)
+    key = (s.domain, s.name, s.since_version, at)
+    if at >= 0 and key not in _ALLOWED:
+        names = formals[at].types
+        found = (_ELEMENT_NAMES.get(n.removeprefix("tensor(").removesuffix(")")) for n in names)
+        _ALLOWED[key] = frozenset(d for d in found if d is not None)
+    return _ALLOWED.get(key, frozenset())
 
 
 class Call:
@@ -122,6 +141,18 @@ class Call:
         return i < len(self.node.output) and bool(self.node.output[i])
 
     # --- operands -----------------------------------------------------------------------------------------------
+
+    def check_operands(self) -> None:
+        """The number of operands and their element types, as the operator's definition has them."""
+        s = self.schema
+        if s is None:
+            return
+        if not s.min_input <= len(self.node.input) <= s.max_input:
+            raise InvalidInput(f"{len(self.node.input)} operands, between {s.min_input} and {s.max_input} are taken")
+        for i, v in enumerate(self.ins):
+            allowed = allowed_types(s, i)
+            if isinstance(v, Val) and allowed and v.type.dtype not in allowed:
+                raise InvalidInput(f"operand {i} may not be {v.type}")
 
     def value(self, i: int) -> Value | None:
         return self.ins[i] if i < len(self.ins) else None
@@ -292,6 +323,8 @@ class Call:
     def iota(self, count: Entry, dtype: DType = S64) -> Val:
         """0, 1, ..., count - 1; a symbolic count is the running sum of ones."""
         if not isinstance(count, Poly):
+            if count > LARGEST_IOTA:
+                raise self.refuse(f"it needs a table of {count} entries")
             return self.literal(np.arange(int(count)), dtype)
         ones = self.expand(self.scalar(1, dtype), (count,))
         return self.emit(ops.CumSum(0, exclusive=True), ones)

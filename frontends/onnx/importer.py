@@ -13,7 +13,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto
 
 from bitwright.frontends.onnx.fold import Folder
 from bitwright.frontends.onnx.reader import LARGEST_ELEMENTS, LARGEST_RANK, array_handle, tensor_handle
-from bitwright.frontends.onnx.symbolic import Poly, to_dim
+from bitwright.frontends.onnx.symbolic import Poly, Unknown, to_dim
 from bitwright.frontends.onnx.values import Nothing, NotStatic, Poison, Val, Value
 from bitwright.ir import ops
 from bitwright.ir.build import Builder
@@ -215,7 +215,7 @@ class Importer:
         from bitwright.frontends.onnx.call import Call
 
         before, self.origin = self.origin, origin_of(node, scope)
-        outputs: Sequence[Any] = ()
+        outputs: Sequence[Any] | None = None
         ins: list[Value | None] = []
         try:
             ins = [self._operand(name, scope) for name in node.input]
@@ -232,6 +232,8 @@ class Importer:
             self._does_not_fit(node, e, ins)
         except InvalidInput as e:
             self.report(Problem(node.op_type, self.origin, str(e)), malformed=True)
+        except Unknown:
+            self.report(Problem(node.op_type, self.origin, "a size is no whole number or no product of symbolic sizes"))
         except Unsupported as e:
             for p in e.problems:
                 self.report(p)
@@ -242,15 +244,16 @@ class Importer:
         self._define(node, outputs, scope)
         self.origin = before
 
-    def _define(self, node: NodeProto, outputs: Sequence[Value | None], scope: Scope) -> None:
+    def _define(self, node: NodeProto, outputs: Sequence[Value | None] | None, scope: Scope) -> None:
+        """Bind the node's results; None stands for a node that failed (and was reported)."""
         for i, name in enumerate(node.output):
             if not name:
                 continue
-            value = outputs[i] if i < len(outputs) else None
+            value = outputs[i] if outputs is not None and i < len(outputs) else None
             if name in scope.names:
                 self.report(Problem(node.op_type, origin_of(node, scope), f"{name!r} is defined twice"), malformed=True)
                 continue
-            if value is None and outputs:
+            if value is None and outputs is not None:
                 self.report(Problem(node.op_type, self.origin, f"its output {i} ({name!r}) is not supported"))
             scope.define(name, value if value is not None else Poison())
 
@@ -282,6 +285,7 @@ class Importer:
         function = self.functions.get((domain, node.op_type, node.overload))
         if function is not None:
             return self.run_function(function, call)
+        call.check_operands()
         handler = self.handlers.get((domain, node.op_type))
         if handler is not None:
             result = handler(call)

@@ -249,7 +249,7 @@ def padded(c: Call, x: Val, begin: list[int], end: list[int], mode: str, value: 
     """Pad, where negative amounts crop."""
     if mode not in ("constant", "reflect", "edge", "wrap"):
         raise InvalidInput(f"{mode!r} is not a padding mode")
-    if mode != "constant" and max([0, *begin, *end]) > 1 << 24:
+    if mode != "constant" and max([0, *begin, *end, *(d for d in x.shape if isinstance(d, int))]) > 1 << 24:
         raise c.refuse("the padding is too large")
     for axis in range(x.rank):
         if begin[axis] < 0 or end[axis] < 0:

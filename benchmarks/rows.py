@@ -116,7 +116,7 @@ def row_jobs() -> list[Job]:
         g = rng.standard_normal(n, dtype=np.float32)
         scale, zero = np.float32(0.02).reshape(()), np.array(128, np.uint8)
         norm = {"x": x, "g": g, "h": g}
-        both = norm | {"y": x, "s": scale, "z": zero}
+        both: dict[str, Array] = {**norm, "y": x, "s": scale, "z": zero}
         layer = (ops.LayerNorm(), ("x", "g", "h"))
         cases: list[tuple[str, dict[str, Array], Chain]] = [
             ("softmax", {"x": x}, [(ops.Softmax(), ("x",))]),

@@ -26,6 +26,9 @@ PASSES: Mapping[str, str] = {
     "observe-ranges": "precision.observe_ranges:ObserveRanges",
     "quantize-int8": "precision.quantize_int8:QuantizeInt8",
     "lower-to-integer": "lowering.to_integer:LowerToInteger",
+    "channels-last": "lowering.channels_last:ChannelsLast",
+    "fold-views": "lowering.fold_views:FoldViews",
+    "fuse": "lowering.fuse:Fuse",
 }
 """Pass name -> module (below ``bitwright.passes``) and class."""
 

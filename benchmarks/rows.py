@@ -114,7 +114,7 @@ def row_jobs() -> list[Job]:
     for rows, n in ((1024, 128), (128, 768), (128, 3072), (2048, 49)):
         x = rng.standard_normal((rows, n), dtype=np.float32)
         g = rng.standard_normal(n, dtype=np.float32)
-        scale, zero = np.float32(0.02).reshape(()), np.array(128, np.uint8)
+        scale, zero = np.array(0.02, np.float32), np.array(128, np.uint8)
         norm = {"x": x, "g": g, "h": g}
         both: dict[str, Array] = {**norm, "y": x, "s": scale, "z": zero}
         layer = (ops.LayerNorm(), ("x", "g", "h"))

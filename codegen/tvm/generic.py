@@ -119,12 +119,12 @@ def refusal(body: Graph) -> str:
     if sum(isinstance(n.op, ops.Resize) for n in body.nodes) > 1:
         return "more than one resize"
     root = root_of(body)
-    if root is None or not isinstance(root.op, (*WHOLE, *ROWS)):
+    if root is None or not isinstance(root.op, WHOLE):
         return ""
     if not after_is_pointwise(body, root):
         return f"a shape operator follows {root.op.spelling}"
     shape = root.type.shape
-    if isinstance(root.op, WHOLE) and any(body.types[o].shape != shape for o in body.outputs):
+    if any(body.types[o].shape != shape for o in body.outputs):
         return f"outputs of another shape than {root.op.spelling}"
     return ""
 

@@ -15,8 +15,9 @@ PAGES = ("README.md", "CONTRIBUTING.md")
 
 
 def code_lines(page: str) -> list[str]:
-    """The lines of every fenced block, comments cut off."""
-    blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    """The lines of every fenced block that is no printed text, comments cut off."""
+    fenced = re.findall(r"```(\w*)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    blocks = [block for language, block in fenced if language != "text"]
     return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
 
 

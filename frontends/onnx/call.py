@@ -148,7 +148,8 @@ class Call:
         if s is None:
             return
         if not s.min_input <= len(self.node.input) <= s.max_input:
-            raise InvalidInput(f"{len(self.node.input)} operands, between {s.min_input} and {s.max_input} are taken")
+            takes = f"{s.min_input}" if s.min_input == s.max_input else f"{s.min_input} to {s.max_input}"
+            raise InvalidInput(f"it takes {takes} operands, got {len(self.node.input)}")
         for i, v in enumerate(self.ins):
             allowed = allowed_types(s, i)
             if isinstance(v, Val) and allowed and v.type.dtype not in allowed:

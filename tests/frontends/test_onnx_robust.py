@@ -175,7 +175,7 @@ MALFORMED = {
     "reshape": ([node("Reshape", "x s", "y")], [tensor("s", [4, -1], np.int64)], "cannot be reshaped"),
     "index": ([node("Gather", "x i", "y")], [tensor("i", [9], np.int64)], "outside an axis of size 2"),
     "split": ([node("Split", "x s", "y z", axis=1)], [tensor("s", [9, 9], np.int64)], "does not add up"),
-    "operands": ([node("Add", "x", "y")], (), "operand 1 is missing"),
+    "operands": ([node("Add", "x", "y")], (), "it takes 2 operands, got 1"),
     "range": ([node("Range", "a b d", "y")], [tensor("a", 0.0), tensor("b", np.inf), tensor("d", 1.0)], "Range"),
 }  # fmt: skip
 

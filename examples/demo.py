@@ -208,6 +208,7 @@ def print_slowest(program: Program, count: int) -> None:
     slowest = sorted(report.layers, key=lambda x: -(x.measured_seconds or 0.0))[:count]
     kept = [x for x in report.layers if any(x is y for y in slowest)]
     console.print(cli_show.layers(report.model_copy(update={"layers": kept})))
+    console.print(cli_show.reasons(report))
     console.print(cli_show.summary(report))
 
 

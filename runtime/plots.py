@@ -27,7 +27,7 @@ def family(layer: Layer) -> Family:
 
 def title(layer: Layer) -> str:
     """What a user calls a layer: its module path or ONNX node where known, else the name of its value."""
-    head = layer.origin.partition(", ")[0]
+    head = layer.origin.partition(", ")[0].partition(" (")[0]
     return head if head and ".py:" not in head else layer.name
 
 

@@ -181,15 +181,22 @@ def test_bench_against_needs_the_model(cli_run: Cli, folder: Path) -> None:
     assert "--model model.onnx" in done.err
 
 
-def test_verify_names_the_first_bad_layer(cli_run: Cli, folder: Path) -> None:
-    """A mask put onto random weights costs more than 8 bits may."""
-    arguments = ("verify", folder / "mlp.bw", folder / "mlp.onnx", "--input", folder / "x.npz")
-    done = cli_run(*arguments)
+def test_verify_compares_with_the_reference(cli_run: Cli, folder: Path) -> None:
+    done = cli_run("verify", folder / "mlp.bw", folder / "mlp.onnx", "--input", folder / "x.npz")
+    assert done.code == 0, done.out + done.err
+    assert "every layer agrees with the reference" in done.out
+    assert "against the model" in done.out
+
+
+def test_verify_names_the_first_bad_layer(cli_run: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitwright import driver
+    from bitwright.comparison import Comparison, Row
+
+    rows = (Row("a", "", 1e-6, None, 1e-2), Row("b", "net.py:3", 0.5, 0.6, 1e-2), Row("c", "", 0.7, None, 1e-2))
+    monkeypatch.setattr(driver, "verify", lambda *_, **__: Comparison(rows))
+    done = cli_run("verify", folder / "mlp.bw", folder / "mlp.onnx", "--input", folder / "x.npz")
     assert (done.code, done.err) == (1, "")
-    assert "first bad layer: r" in done.out
-    allowed = cli_run(*arguments, "--bound", 0.9)
-    assert allowed.code == 0
-    assert "every layer agrees with the model" in allowed.out
+    assert "first bad layer: b" in done.out
 
 
 def test_advise_lists_layers(cli_run: Cli, folder: Path) -> None:

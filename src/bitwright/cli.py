@@ -87,6 +87,8 @@ def compile_command(
     out = output or model.with_suffix(".bw")
     if not out.parent.is_dir():
         raise InvalidInput(f"there is no folder {out.parent} to write {out.name} to")
+    if calibrate and not calibrate.exists():
+        raise InvalidInput(f"there is no calibration file or folder {calibrate}")
     with _progress() as progress:
         progress(f"reading {model.name}", 0.0)
         graph = _load(model)
@@ -187,15 +189,20 @@ def verify(
     input: Annotated[Path, typer.Option("--input", "-i", help=".npz with real inputs by name.")],
     bound: Annotated[float | None, typer.Option(min=0.0, help="Relative error a layer may have.")] = None,
 ) -> None:
-    """Compare a program with its model, layer by layer; names the first bad one and exits with 1."""
+    """Compare a program with the reference, layer by layer; names the first bad one and exits with 1.
+
+    The reference is the same compilation run by the interpreter; the table also shows how far each layer is from the
+    model before anything was pruned or rounded.
+    """
     from bitwright import cli_io, cli_show, driver
 
     loaded, graph = _program(program), _load(model)
     arrays = cli_io.named(cli_io.load_arrays(input), [v.name for v in graph.inputs], str(input))
-    result = driver.verify(loaded, graph, cli_io.first_chunk(arrays, loaded), bound=bound)
+    chunk = cli_io.first_chunk(arrays, loaded)
+    result = driver.verify(loaded, graph, chunk) if bound is None else driver.verify(loaded, graph, chunk, bound=bound)
     cli_show.console().print(cli_show.comparison(result))
     cli_show.console().print(
-        f"first bad layer: {result.first_bad}" if result.first_bad else "every layer agrees with the model",
+        f"first bad layer: {result.first_bad}" if result.first_bad else "every layer agrees with the reference",
         markup=False,
     )
     if result.first_bad:

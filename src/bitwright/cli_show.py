@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bitwright.runtime.program import Program
     from bitwright.runtime.report import Layer, Report
 
-_PIPE_WIDTH = 200
+_PIPE_WIDTH = 160
 _STYLES = {"float": "", "dense": "blue", "sparse": "dark_orange"}
 
 
@@ -53,8 +53,7 @@ def layers(report: Report) -> Table:
     rows = report.layers
     columns: list[tuple[str, list[str | Text]]] = [
         ("layer", [Text(title(x), _STYLES[family(x)]) for x in rows]),
-        ("value", [x.name if x.name != title(x) else "" for x in rows]),
-        ("operation", [x.op.replace("+", " ") for x in rows]),
+        ("operation", [x.op.replace("+", ", ") for x in rows]),
         ("shape", [shape_text(x.shape) if x.shape else "" for x in rows]),
         ("formats", [formats_text(x.formats) for x in rows]),
         ("mask", [_short_pattern(x.pattern) for x in rows]),
@@ -64,7 +63,6 @@ def layers(report: Report) -> Table:
         (">measured", [units.seconds(x.measured_seconds) for x in rows]),
         (">of limit", [units.percent(x.share_of_limit) for x in rows]),
         (">error", [units.percent(x.error) for x in rows]),
-        ("why", [_why(x) for x in rows]),
     ]
     used = [(head, cells) for head, cells in columns if any(str(c) not in ("", units.UNKNOWN) for c in cells)]
     return table([h for h, _ in used], zip(*(cells for _, cells in used), strict=True), title="Layers")
@@ -75,8 +73,19 @@ def _short_pattern(pattern: str) -> str:
     return pattern.partition("<")[2].split(",")[0].rstrip(">") if pattern.startswith("nm<") else pattern
 
 
-def _why(layer: Layer) -> str:
-    return "; ".join(t for t in (layer.reason, *layer.notes) if t)
+def reasons(report: Report) -> Table:
+    """Why the layers are as they are: each distinct reason once, with the layers it holds for."""
+    groups: dict[str, list[str]] = {}
+    for x in report.layers:
+        for text in (x.reason, *x.notes):
+            if text:
+                groups.setdefault(text, []).append(title(x))
+    shown = ((text, str(len(names)), _listed(list(dict.fromkeys(names)))) for text, names in groups.items())
+    return table(["reason", ">layers", "which"], shown, title="Why")
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def summary(report: Report) -> Text:
@@ -163,18 +172,15 @@ def layer_story(report: Report, layer: Layer) -> Table:
 
 
 def comparison(result: Comparison) -> Table:
-    """One row per layer that program and model both compute."""
+    """One row per layer: error against the reference run of the same compilation, and against the model itself."""
     rows = (
         (
-            r.layer,
-            r.origin,
-            f"{r.error:.2g}",
-            f"{r.bound:.2g}",
-            Text("ok", "green") if r.ok else Text("BAD", "bold red"),
+            r.layer, r.origin, f"{r.error:.2g}", units.percent(r.drift),
+            Text("ok", "green") if r.ok else Text(f"BAD: over {r.bound:.2g}", "bold red"),
         )
         for r in result.rows
-    )
-    return table(["layer", "written at", ">error", ">bound", ""], rows)
+    )  # fmt: skip
+    return table(["layer", "written at", ">against the reference", ">against the model", ""], rows)
 
 
 def advice(rows: Sequence[Advice]) -> Table:
@@ -199,6 +205,7 @@ def print_report(report: Report, *, with_passes: bool = True) -> None:
         out.print(refusals(report))
     if report.layers:
         out.print(layers(report))
+        out.print(reasons(report))
     for note in report.notes:
         out.print(note, markup=False)
     out.print(summary(report))

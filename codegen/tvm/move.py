@@ -15,7 +15,7 @@ from bitwright.codegen.tvm.template import Config, Refused, Template, plain_args
 from bitwright.codegen.tvm.tir import Builder, Index, Vec, const, maximum, minimum, shuffle, width
 from bitwright.codegen.tvm.vecmath import keep
 from bitwright.ir import ops
-from bitwright.ir.graph import Graph, Node
+from bitwright.ir.graph import Graph
 from bitwright.ir.target import Target
 from bitwright.ir.types import BF16, BOOL, F16, S32, S64, DType
 from bitwright.ir.weights import Array
@@ -114,7 +114,7 @@ class _Body:
             raise NotPointwise("arithmetic on bf16")
         if any(leaf.name in self.body.producers for leaf in program.leaves.values()):
             raise NotPointwise("a literal tensor")
-        strides = []
+        strides: list[tuple[int, ...]] = []
         for (name, places), leaf in program.leaves.items():
             row = program.strides(self.body.types[name].static_shape, places)
             if len(row) != len(shape):

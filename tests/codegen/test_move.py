@@ -36,7 +36,7 @@ class Maker:
             return self.rng.integers(0, 2, shape).astype(bool)
         return (self.rng.standard_normal(shape) * 30).astype(d)
 
-    def add(self, op: ops.Op, *arrays: Array, then: tuple[tuple[ops.Op, dict[str, Array]], ...] = ()) -> None:
+    def add(self, op: ops.Op, *arrays: Array, then: tuple[tuple[ops.Op, dict[str, Any]], ...] = ()) -> None:
         inputs = {f"x{i}": a for i, a in enumerate(arrays)}
         chain: list[tuple[ops.Op, Any]] = [(op, tuple(inputs))]
         for k, (o, more) in enumerate(then):

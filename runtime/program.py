@@ -209,33 +209,15 @@ class Program:
 
         Runs the program once per step: for inspection, not for use. Raises :class:`InvalidInput` for wrong inputs.
         """
+        from bitwright.runtime.trace import trace
+
         library = self._library
         if library is None:
             raise BitwrightError(f"program {self.manifest.name!r} is closed")
         arrays, rows = self._check(self._in_order(args, kwargs))
         if rows != self.manifest.chunks[0]:
             raise InvalidInput(f"trace needs a batch of {self.manifest.chunks[0]}, got {rows}")
-        space, keep = _Workspace(self.manifest, 1), list[Array]()
-        for index, port in enumerate(self._inputs):
-            space.inputs[index] = _input_address(port, arrays[index], rows, keep)
-        outputs = [aligned((p.row_bytes * rows if p.factor else p.nbytes) + 64) for p in self._outputs]
-        for index, raw in enumerate(outputs):
-            space.outputs[index] = address_of(raw)
-        values: dict[str, Array] = {}
-        for number, step in enumerate(self.manifest.steps):
-            if step.result is None:
-                continue
-            code = library.trace(
-                space.inputs, space.outputs, library.weights_address, space.arena_address, space.scratch_address,
-                rows, number,
-            )  # fmt: skip
-            if code:
-                raise failed(code)
-            memory = space.arena if step.result.space == "arena" else outputs[step.result.index]
-            dtype = parse_dtype(step.result.dtype).numpy
-            end = step.result.offset + math.prod(step.result.shape) * dtype.itemsize
-            values[step.label] = memory[step.result.offset : end].view(dtype).reshape(step.result.shape).copy()
-        return values
+        return trace(library, self.manifest, arrays, rows)
 
     def _in_order(self, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
         """Positional and named inputs as one tuple."""

@@ -76,7 +76,10 @@ class Refusal(_Row):
 
 
 class Report(_Row):
-    """The whole record; ``machine`` and ``versions`` say where the figures come from."""
+    """The whole record; ``machine`` and ``versions`` say where the figures come from.
+
+    ``pipeline`` (the passes as text) and ``facts`` (what calibration found) let ``verify`` repeat the compilation.
+    """
 
     schema_version: int = SCHEMA_VERSION
     model: str = ""
@@ -85,6 +88,8 @@ class Report(_Row):
     passes: list[PassRow] = Field(default_factory=list)
     refusals: list[Refusal] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
+    pipeline: str = ""
+    facts: dict[str, Any] = Field(default_factory=dict)
     machine: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     figures: dict[str, float | None] = Field(default_factory=dict)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+
 import numpy as np
 
 from bitwright.codegen.tvm import contract

@@ -50,9 +50,7 @@ class PointwiseEpilogue:
 
     @property
     def heavy(self) -> bool:
-        steps = sum(
-            10 if getattr(n.op, "fn", "") in _HEAVY else _WEIGHT.get(type(n.op), 1) for n in self.nodes
-        )
+        steps = sum(10 if getattr(n.op, "fn", "") in _HEAVY else _WEIGHT.get(type(n.op), 1) for n in self.nodes)
         return steps > 10
 
     def refusal(self) -> str:
@@ -66,13 +64,12 @@ class PointwiseEpilogue:
             if why := why_unsupported(n.op, [self.body.types[x].dtype for x in n.inputs]):
                 return why
             axis = getattr(n.op, "axis", None)
-            if isinstance(n.op, _SCALED) and (getattr(n.op, "group", 0) or axis not in (None, len(shape) - 1, -1)):
+            grouped = isinstance(n.op, ops.Quantize | ops.Dequantize) and n.op.group > 0
+            if isinstance(n.op, _SCALED) and (grouped or axis not in (None, len(shape) - 1, -1)):
                 return f"{n.op.spelling} along axis {axis}"
         return ""
 
-    def store(
-        self, b: Builder, pointers: Mapping[str, Pointer], acc: Vec, row: Index, col: Index, valid: int
-    ) -> None:
+    def store(self, b: Builder, pointers: Mapping[str, Pointer], acc: Vec, row: Index, col: Index, valid: int) -> None:
         values: dict[str, Vec] = {self.root.output: keep(b, acc)}
         position = {v.name: i for i, v in enumerate(self.body.inputs)}
         exact = needs_exact(self.body)

@@ -207,7 +207,8 @@ def _report(
     layers = [_layer(k, built.graph, target, errors, remarks) for k in built.kernels]
     seen = [Refusal(pass_name=r.pass_name, place=r.place, reason=r.reason, cure=r.cure) for r in passes.refusals]
     return Report(
-        model=graph.name, target=target.name, layers=layers, passes=rows, refusals=seen,
+        model=graph.name, target=target.name, layers=layers, passes=rows, refusals=seen, pipeline=passes.pipeline,
+        facts={k: v for k, v in context.facts.items() if k == "ranges"},
         machine={"cpu": cpu_name(), "isa": target.isa, "source": target.source},
         versions={"bitwright": bitwright.__version__},
     )  # fmt: skip

@@ -163,7 +163,7 @@ def lower(
     context = Context(target, batches(calibration), progress)
     backend = (ChannelsLast(), FoldViews(), Fuse())
     if graph.level == "graph":
-        pipeline = standard(recipe) + backend  # noqa: RUF005 (a Pipeline, not a tuple)
+        pipeline = standard(recipe) + backend
     else:  # already lowered by hand or by `opt`: only what is left to do
         pipeline = Pipeline(backend if graph.level == "integer" else (), graph.level)
     diff = Diff()
@@ -248,10 +248,10 @@ def verify(
     program: Program | str | Path, model: Any, inputs: Any, *, bound: float | None = None, example_inputs: Any = None
 ) -> Any:
     """Compare a program with the model it was made from, layer by layer; see :mod:`bitwright.comparison`."""
-    from bitwright.comparison import verify_program
+    from bitwright.comparison import BOUND, verify_program
 
     loaded = program if isinstance(program, Program) else load(program)
-    return verify_program(loaded, to_graph(model, example_inputs), inputs, bound)
+    return verify_program(loaded, to_graph(model, example_inputs), inputs, BOUND if bound is None else bound)
 
 
 def advise(model: Any, target: str | Target = "host", *, batch: int = 1, example_inputs: Any = None) -> list[Any]:

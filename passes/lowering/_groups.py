@@ -115,8 +115,9 @@ class Groups:
         for x in head.inputs[:3]:
             for _ in range(2):
                 view = self._producer(x, group)
-                if view is None or not isinstance(view.op, (ops.Transpose, ops.Reshape)):
+                if view is None or not isinstance(view.op, _VIEWS):
                     break
-                group.append(view)
+                if not any(view is g for g in group):
+                    group.append(view)
                 x = view.inputs[0]
         return group

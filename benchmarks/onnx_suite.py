@@ -120,9 +120,9 @@ def executor_of(name: str) -> Executor:
     """The reference interpreter, or the whole compiler."""
     if name == "interpreter":
         return interpreter
-    from bitwright.driver import onnx_executor  # type: ignore[import-not-found]
+    from bitwright.driver import onnx_executor
 
-    return onnx_executor  # type: ignore[no-any-return]
+    return onnx_executor
 
 
 def main() -> int:

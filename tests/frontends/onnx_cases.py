@@ -20,7 +20,7 @@ class Case:
 
     name: str
     op: str
-    operands: tuple[Array | None, ...]
+    operands: tuple[Array | np.generic | None, ...]
     attributes: dict[str, Any] = field(default_factory=dict)
     constants: tuple[int, ...] = ()
     outputs: int = 1
@@ -32,7 +32,9 @@ class Case:
     @property
     def inputs(self) -> dict[str, Array]:
         """The graph inputs by name."""
-        return {f"x{i}": a for i, a in enumerate(self.operands) if a is not None and i not in self.constants}
+        return {
+            f"x{i}": np.asarray(a) for i, a in enumerate(self.operands) if a is not None and i not in self.constants
+        }
 
     def model(self, symbolic: bool = False) -> onnx.ModelProto:
         """The model; ``symbolic`` calls the first axis of x0 ``b``, and those of its size."""
@@ -259,17 +261,17 @@ def indices() -> Iterator[Case]:
     )
     for mode in ("linear", "nearest", "cubic"):
         for padding in ("zeros", "border", "reflection"):
-            attributes = {"mode": mode, "padding_mode": padding}
+            how = {"mode": mode, "padding_mode": padding}
             yield Case(
                 f"GridSample.{mode}.{padding}",
                 "GridSample",
                 (f(2, 2, 5, 6), f(2, 3, 4, 2)),
-                attributes,
+                how,
                 rtol=1e-3,
                 atol=1e-4,
             )
     for direction, sets in (("forward", 1), ("bidirectional", 2)):
-        attributes = {"hidden_size": 5, "direction": direction}
+        attributes: dict[str, Any] = {"hidden_size": 5, "direction": direction}
         yield Case(
             f"LSTM.{direction}",
             "LSTM",

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
+import onnxruntime as ort  # type: ignore[import-untyped]
 import pytest
 import torch
 import torch.nn as nn
@@ -43,7 +43,8 @@ class Net(nn.Module):
         x = F.hardswish(self.point(F.silu(self.depth(x))))
         x = x * torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear")
-        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        y: torch.Tensor = self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return y
 
 
 class Block(nn.Module):
@@ -64,11 +65,12 @@ class Block(nn.Module):
         mask = torch.ones(s, s, dtype=torch.bool).tril()
         scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
         x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, -1))
-        return x + self.down(F.gelu(self.up(self.n2(x))))
+        y: torch.Tensor = x + self.down(F.gelu(self.up(self.n2(x))))
+        return y
 
 
 def export(module: nn.Module, example: tuple[torch.Tensor, ...], dynamo: bool, dynamic: Mapping[int, str]) -> bytes:
-    buffer = io.BytesIO()
+    buffer: Any = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if dynamo:
@@ -79,7 +81,7 @@ def export(module: nn.Module, example: tuple[torch.Tensor, ...], dynamo: bool, d
         else:
             axes = {"x": dict(dynamic)}
             torch.onnx.export(module, example, buffer, dynamo=False, dynamic_axes=axes, input_names=["x"])
-    return buffer.getvalue()
+    return bytes(buffer.getvalue())
 
 
 def checked(source: Any, **kwargs: Any) -> Graph:
@@ -138,7 +140,8 @@ def test_an_lstm_equals_eager() -> None:
             self.rnn, self.head = nn.LSTM(8, 16, 2, batch_first=True, bidirectional=True), nn.Linear(32, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.rnn(x)[0][:, -1])
+            y: torch.Tensor = self.head(self.rnn(x)[0][:, -1])
+            return y
 
     net, x = Last().eval(), torch.randn(2, 6, 8)
     graph = checked(export(net, (x,), False, {}))
@@ -161,14 +164,14 @@ class Feed:
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("form", ["QDQ", "QOperator"])
 def test_a_model_quantized_by_onnxruntime_agrees_with_it(tmp_path: Path, form: str, per_channel: bool) -> None:
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static  # type: ignore[import-untyped]
 
     torch.manual_seed(0)
     net, rng = Net().eval(), np.random.default_rng(0)
     (tmp_path / "f.onnx").write_bytes(export(net, (torch.randn(2, 3, 32, 32),), False, {0: "batch"}))
     data = [rng.standard_normal((2, 3, 32, 32)).astype(np.float32) for _ in range(4)]
     quantize_static(
-        tmp_path / "f.onnx", tmp_path / "q.onnx", Feed("x", data), quant_format=QuantFormat[form],  # type: ignore[arg-type]
+        tmp_path / "f.onnx", tmp_path / "q.onnx", Feed("x", data), quant_format=QuantFormat[form],
         per_channel=per_channel, weight_type=QuantType.QInt8,
     )  # fmt: skip
     graph = checked(tmp_path / "q.onnx")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,10 @@ def side(op: str, reads: str, shape: list[int] | None) -> onnx.GraphProto:
 def small_model() -> bytes:
     """A convolution, a reshape by computed shape, a function, a branch, a loop and quantized weights."""
     branch = [side(op, "h", None) for op in ("Neg", "Abs")]
+    loop_inputs: list[tuple[str, int, list[int] | None]] = [("i", 7, []), ("k", 9, []), ("v", 1, None)]
     body = helper.make_graph(
         [node("Identity", "k", "k2"), node("Mul", "v v", "v2")], "body",
-        [helper.make_tensor_value_info(*v) for v in (("i", 7, []), ("k", 9, []), ("v", 1, None))],
+        [helper.make_tensor_value_info(*v) for v in loop_inputs],
         [helper.make_tensor_value_info("k2", 9, []), helper.make_tensor_value_info("v2", 1, None)],
     )  # fmt: skip
     twice = helper.make_function("d", "Twice", ["a"], ["b"], [node("Add", "a a", "b")], [helper.make_opsetid("", 21)])
@@ -76,7 +77,7 @@ def small_model() -> bytes:
         tensor("yes", True, bool), tensor("trips", 2, np.int64),
     ]  # fmt: skip
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1, 4, 4])]
-    return model(nodes, weights, inputs, functions=[twice]).SerializeToString()
+    return bytes(model(nodes, weights, inputs, functions=[twice]).SerializeToString())
 
 
 SMALL = small_model()
@@ -271,7 +272,7 @@ def loops(depth: int, trips: int) -> onnx.ModelProto:
     return model([build(depth, "x", "y")], [tensor("trips", trips, np.int64), tensor("yes", True, bool)])
 
 
-BOMBS = {
+BOMBS: dict[str, Callable[[], onnx.ModelProto]] = {
     "doubling constants": lambda: doubling(60), "nested functions": lambda: nested(31), "recursion": recursive,
     "nested loops": lambda: loops(4, 200), "endless loop": lambda: loops(0, 10**12),
     "expand": lambda: model([node("Expand", "x s", "y")], [tensor("s", [10**12, 2, 3], np.int64)]),
@@ -318,4 +319,4 @@ def test_options_that_name_nothing_are_refused() -> None:
     plain = model([node("Neg", "x", "y")])
     for kwargs in ({"sizes": {"b": 1}}, {"shapes": {"z": (1,)}}, {"constants": {"z": np.ones(1)}}):
         with pytest.raises(InvalidInput, match="no "):
-            load_onnx(plain, **kwargs)  # type: ignore[arg-type]
+            load_onnx(plain, **kwargs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,14 +27,21 @@ MOVES = (
 TASK_BYTES = 32 << 10
 LIMIT = 1 << 31
 LINE = 64
+CACHE_SETS = 64
+"""Sets of a first-level cache, of 8 lines or more."""
 
 
 @dataclass(frozen=True)
 class MoveConfig(Config):
-    """``lanes`` per vector; ``tile`` rows of a transpose in registers; ``units[i]`` rows per task of box i."""
+    """``lanes`` per vector; ``tile`` rows of a transpose in registers; ``units[i]`` rows per task of box i.
+
+    Small elements are turned in ``groups`` squares of ``narrow`` side by side, one per 128 bits: shuffles are cheap there.
+    """
 
     lanes: int = 16
     tile: int = 16
+    narrow: int = 16
+    groups: int = 1
     units: tuple[int, ...] = ()
 
 
@@ -64,7 +72,8 @@ class Move(Template):
         return MoveConfig(
             tasks=tasks, args=plain_args(body), isa=target.isa, mcpu=target.mcpu,
             reason=f"{made.root.op.spelling} in {f'{tile}x{tile} tiles' if turned else f'rows of {lanes} lanes'}",
-            lanes=lanes, tile=tile, units=tuple(units),
+            lanes=lanes, tile=tile,
+            narrow=16 // min(size, 16), groups=_groups(made.boxes, size, target), units=tuple(units),
         )  # fmt: skip
 
     def emit(self, body: Graph, config: Config, symbol: str) -> Any:
@@ -137,7 +146,23 @@ def _units(box: Box, size: int) -> tuple[int, int]:
     return box.size // n // box.axes[-1].size * -(-n // chunk), box.axes[-1].size * min(chunk, n)
 
 
-Place = Callable[[Sequence[int], int], Index]
+def _groups(boxes: Sequence[Box], size: int, target: Target) -> int:
+    """Squares side by side: few enough that the result's rows they write stay in the first-level cache.
+
+    Rows that are a multiple of a large power of two apart share few of its sets.
+    """
+    groups = target.vector_bits // 128 if size <= 2 else 1
+    for box in boxes:
+        if box.transposed is None:
+            continue
+        lines = max(box.axes[box.transposed].out * size // LINE, 1)
+        while groups > 1 and groups * 16 // size > CACHE_SETS // math.gcd(CACHE_SETS, lines) * 8:
+            groups //= 2
+    return groups
+
+
+Where = tuple[Index, Index, list[Index]]
+"""Where the result, the source and the further operands start."""
 
 
 class _Kernel:
@@ -223,69 +248,121 @@ class _Kernel:
         self, value: Vec, out: Index, leaves: Sequence[Index], axis: Axis, i: Index, lanes: int, valid: int
     ) -> None:
         """The epilogue and the store of ``valid`` elements at ``out``; ``i`` counts along the last axis."""
+        self.b.store(self.out, out, self._value(value, leaves, axis, i, lanes), valid)
+
+    def _value(self, value: Vec, leaves: Sequence[Index], axis: Axis, i: Index, lanes: int) -> Vec:
         made = self.made
-        if made.program is not None:
-            value = keep(self.b, value)
+        if made.program is None:
+            return value
 
-            def read(leaf: Leaf) -> Vec:
-                k = made.leaves[leaf]
-                pointer = self.inputs[leaf.name]
-                if axis.leaves[k] == 0 or lanes == 1:
-                    return keep(self.b, self.b.load(pointer, leaves[k] + (i * axis.leaves[k]))).spread(lanes)
-                return self.b.load(pointer, leaves[k] + i, lanes)
+        def read(leaf: Leaf) -> Vec:
+            k = made.leaves[leaf]
+            pointer = self.inputs[leaf.name]
+            if axis.leaves[k] == 0 or lanes == 1:
+                return keep(self.b, self.b.load(pointer, leaves[k] + (i * axis.leaves[k]))).spread(lanes)
+            return self.b.load(pointer, leaves[k] + i, lanes)
 
-            given = {made.root.output: value}
-            value = made.program.evaluate(self.b, self.config.isa, lanes, read, given)[made.out]
-        self.b.store(self.out, out, value, valid)
+        given = {made.root.output: keep(self.b, value)}
+        return made.program.evaluate(self.b, self.config.isa, lanes, read, given)[made.out]
 
     # ---- transposes
     def _columns(self, box: Box, at: list[tuple[Axis, Index]], first: Index, chunk: int) -> None:
         """Columns [first, first + chunk) of the source's contiguous axis become rows of the result."""
         assert box.transposed is not None
         b, tile = self.b, self.config.tile
-        along, last = box.axes[box.transposed], box.axes[-1]
+        along = box.axes[box.transposed]
         where = self._offsets(box, at)
-        whole, rest = last.size // tile, last.size % tile
-
-        def strip(column: Index, rows: int) -> None:
-            if whole:
-                with b.loop(whole, name="tile") as i:
-                    self._tile(box, where, column, b.index(i * tile), rows, tile)
-            if rest:
-                self._tile(box, where, column, whole * tile, rows, rest)
-
+        if self._few(box):
+            self._interleave(box, where, first, chunk)
+            return
+        wide = self.config.narrow * self.config.groups
+        if self.config.groups > 1 and along.size >= wide:
+            full = minimum(chunk // wide, (along.size - first) // wide)
+            with b.loop(b.index(full), name="strip") as k:
+                self._strip(box, where, b.index(first + k * wide), wide, self.config.narrow)
+            ends = along.size // wide * wide
+            with b.when(tirx.EQ(first, ends // chunk * chunk)):
+                for column in range(ends, along.size, tile):
+                    self._strip(box, where, column, min(tile, along.size - column), tile)
+            return
         if along.size >= tile:
             full = minimum(chunk // tile, (along.size - first) // tile)
             with b.loop(b.index(full), name="strip") as k:
-                strip(b.index(first + k * tile), tile)
+                self._strip(box, where, b.index(first + k * tile), tile, tile)
         if along.size % tile:
             ends = along.size // tile * tile
             with b.when(tirx.EQ(first, ends // chunk * chunk)):
-                strip(ends, along.size % tile)
+                self._strip(box, where, ends, along.size % tile, tile)
 
-    def _tile(
-        self, box: Box, where: tuple[Index, Index, list[Index]], column: Index, i: Index, rows: int, valid: int
-    ) -> None:
+    def _strip(self, box: Box, where: Where, column: Index, columns: int, tile: int) -> None:
+        """``columns`` columns from ``column`` on, ``tile`` positions of the last axis at a time."""
+        b, last = self.b, box.axes[-1]
+        whole, rest = last.size // tile, last.size % tile
+        if whole:
+            with b.loop(whole, name="tile") as i:
+                self._tile(box, where, column, b.index(i * tile), columns, tile, tile)
+        if rest:
+            self._tile(box, where, column, whole * tile, columns, rest, tile)
+
+    def _few(self, box: Box) -> bool:
+        """Whether the result's rows are so short (colours of an image) that whole vectors are interleaved instead."""
+        assert box.transposed is not None
+        along, last = box.axes[box.transposed], box.axes[-1]
+        near = along.out == last.size <= 4 and not any(along.leaves[: len(self.made.leaves)])
+        return near and self.config.isa != "portable"
+
+    def _interleave(self, box: Box, where: Where, first: Index, lanes: int) -> None:
+        """``lanes`` columns: one vector per position of the last axis, woven into contiguous vectors."""
         assert box.transposed is not None
         assert box.source is not None
-        b, tile = self.b, self.config.tile
+        b, along, last = self.b, box.axes[box.transposed], box.axes[-1]
+        out, src, leaves = where
+        many, still = last.size, Axis(1, 1, 1, (0,) * len(last.leaves))
+        parts = []
+        for k in range(many):
+            plane = b.load(self.inputs[box.source], b.index(src + first + k * last.src), lanes)
+            at = [x + k * n for x, n in zip(leaves, last.leaves, strict=False)]
+            parts.append(keep(b, self._value(plane, at, still, 0, lanes)))
+        woven = [
+            keep(b, shuffle(parts, [e % many * lanes + e // many for e in range(v * lanes, (v + 1) * lanes)]))
+            for v in range(many)
+        ]
+        start = b.index(out + first * many)
+        rest, ends = along.size % lanes * many, along.size // lanes * lanes
+        if ends:
+            with b.when(first < ends):
+                for v in range(many):
+                    b.store(self.out, start + v * lanes, woven[v])
+        if rest:
+            with b.when(tirx.EQ(first, ends)):
+                for v in range(-(-rest // lanes)):
+                    b.store(self.out, start + v * lanes, woven[v], min(rest - v * lanes, lanes))
+
+    def _tile(self, box: Box, where: Where, column: Index, i: Index, columns: int, valid: int, tile: int) -> None:
+        """``valid`` rows of the source (at most ``tile``) turned: one square, or several side by side."""
+        assert box.transposed is not None
+        assert box.source is not None
+        b = self.b
+        groups = max(columns // tile, 1)
         along, last = box.axes[box.transposed], box.axes[-1]
         out, src, leaves = where
         start = b.index(src + column + i * last.src)
-        read = [b.load(self.inputs[box.source], start + k * last.src, tile) for k in range(valid)]
+        read = [b.load(self.inputs[box.source], start + k * last.src, tile * groups) for k in range(valid)]
         read = [keep(b, v) for v in read]
-        turned = transpose(b, [*read, *[read[-1]] * (tile - valid)])
+        turned = transpose(b, [*read, *[read[-1]] * (tile - valid)], groups)
         start = b.index(out + column * along.out + i)
         lanes = min(1 << (valid - 1).bit_length(), tile)
-        for r in range(rows):
+        for r in range(columns):
             offsets = [x + (column + r) * n for x, n in zip(leaves, along.leaves, strict=False)]
-            self._store(turned[r].part(0, lanes), start + r * along.out, offsets, last, i, lanes, valid)
+            value = turned[r % tile].part(r // tile * tile, lanes)
+            self._store(value, start + r * along.out, offsets, last, i, lanes, valid)
 
 
-def transpose(b: Builder, rows: Sequence[Vec]) -> list[Vec]:
-    """The square of vectors turned: by rounds that interleave row i with row i + half."""
+def transpose(b: Builder, rows: Sequence[Vec], groups: int = 1) -> list[Vec]:
+    """Squares of vectors, ``groups`` of them side by side, turned: rounds that interleave row i with row i + half."""
     n, half = len(rows), len(rows) // 2
-    low = [k // 2 + (n if k % 2 else 0) for k in range(n)]
+    total = n * groups
+    low = [g * n + k // 2 + (total if k % 2 else 0) for g in range(groups) for k in range(n)]
     high = [k + half for k in low]
     done = list(rows)
     for _ in range(n.bit_length() - 1):

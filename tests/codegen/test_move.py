@@ -57,6 +57,12 @@ def transposes(m: Maker) -> None:
     for perm in itertools.permutations(range(4)):
         m.add(ops.Transpose(perm), m.array(3, 4, 2, 18))
     m.add(ops.Transpose((0, 2, 1, 3)), m.array(2, 5, 3, 70, dtype=np.float16))
+    for shape in ((70, 150), (33, 64), (200, 130)):
+        for dtype in (np.uint8, np.float16, ml_dtypes.bfloat16):
+            m.add(ops.Transpose((1, 0)), m.array(*shape, dtype=dtype))
+    for many, positions in ((2, 64), (3, 200), (4, 7), (3, 5), (3, 65)):  # few channels are woven
+        for dtype in (np.float32, np.uint8, np.float16):
+            m.add(ops.Transpose((0, 2, 1)), m.array(2, many, positions, dtype=dtype))
 
 
 def rows(m: Maker) -> None:
@@ -93,6 +99,13 @@ def chains(m: Maker) -> None:
         m.add(ops.Transpose(perm), x, then=((ops.Quantize(U8, axis), {"s": per}), (ops.Cast(S32), {})))
         other = m.array(*[shape[p] for p in perm][1:])
         m.add(ops.Transpose(perm), x, then=((ops.Binary("add"), {"other": other}),))
+    q = m.array(70, 140, dtype=np.int8)
+    m.add(ops.Transpose((1, 0)), q, then=((ops.Dequantize(0), {"s": np.linspace(0.1, 0.9, 140).astype(np.float32)}),))
+    m.add(ops.Transpose((1, 0)), q, then=((ops.Dequantize(1), {"s": np.linspace(0.1, 0.9, 70).astype(np.float32)}),))
+    three = np.linspace(0.1, 0.9, 3).astype(np.float32)
+    m.add(ops.Transpose((0, 2, 3, 1)), m.array(2, 3, 9, 7), then=((ops.Quantize(U8, 3), {"s": three}),))
+    m.add(ops.Transpose((0, 2, 3, 1)), m.array(2, 3, 9, 7), then=((ops.Binary("sub"), {"s": three}), quantize))
+    m.add(ops.Transpose((0, 2, 3, 1)), m.array(1, 3, 9, 7), then=((ops.Binary("sub"), {"s": m.array(9, 7, 3)}),))
     m.add(ops.Transpose((1, 0)), m.array(40, 30, dtype=np.uint8), then=((ops.Dequantize(), {"s": scale}),))
     add = (ops.Binary("add"), {"o": m.array(9)})
     m.add(ops.Concat(0), m.array(3, 9), m.array(5, 9), then=(add, (ops.Unary("tanh"), {})))

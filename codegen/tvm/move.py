@@ -27,6 +27,8 @@ MOVES = (
 TASK_BYTES = 32 << 10
 LIMIT = 1 << 31
 LINE = 64
+SHORT = 256
+"""Elements of a row below which the loop around it matters."""
 CACHE_SETS = 64
 """Sets of a first-level cache, of 8 lines or more."""
 
@@ -35,7 +37,7 @@ CACHE_SETS = 64
 class MoveConfig(Config):
     """``lanes`` per vector; ``tile`` rows of a transpose in registers; ``units[i]`` rows per task of box i.
 
-    Small elements are turned in ``groups`` squares of ``narrow`` side by side, one per 128 bits: shuffles are cheap there.
+    Small elements are turned in ``groups`` squares of ``narrow`` side by side, one per 128 bits.
     """
 
     lanes: int = 16
@@ -137,10 +139,16 @@ class _Body:
         return strides
 
 
+def _outer(box: Box) -> int:
+    """How many axes number the rows; short rows take one axis more with them, which saves divisions."""
+    short = len(box.axes) > 2 and box.axes[-1].size <= SHORT
+    return len(box.axes) - (2 if short else 1)
+
+
 def _units(box: Box, size: int) -> tuple[int, int]:
     """How many rows (or columns of tiles) a box has, and the elements of each."""
     if box.transposed is None:
-        inner = box.axes[-1].size
+        inner = math.prod(a.size for a in box.axes[_outer(box) :])
         return box.size // inner, inner
     chunk, n = LINE // size, box.axes[box.transposed].size
     return box.size // n // box.axes[-1].size * -(-n // chunk), box.axes[-1].size * min(chunk, n)
@@ -188,9 +196,14 @@ class _Kernel:
     def _unit(self, box: Box, unit: Index) -> None:
         b, turned = self.b, box.transposed
         if turned is None:
-            outer = box.axes[:-1]
+            outer = box.axes[: _outer(box)]
             at = unflatten(unit, [a.size for a in outer])
-            self._row(box, [(a, i) for a, i in zip(outer, at, strict=True)])
+            place = list(zip(outer, at, strict=True))
+            if len(outer) == len(box.axes) - 1:
+                self._row(box, place)
+                return
+            with b.loop(box.axes[-2].size, name="row") as i:
+                self._row(box, [*place, (box.axes[-2], b.index(i))])
             return
         lead = [a for k, a in enumerate(box.axes[:-1]) if k != turned]
         chunk = LINE // width(self.made.kind)

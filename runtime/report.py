@@ -29,6 +29,8 @@ class Formats(_Row):
 class Layer(_Row):
     """One layer as it runs.
 
+    ``predicted_seconds``: what the cost model expects; ``limit_seconds``: what the machine's peaks allow at best.
+
     ``reason``: why this kernel, or why not sparse. ``share_of_limit``: measured speed over what the machine
     could do (0 to 1). ``error``: relative error of its result against float. None: not known or not measured.
     """
@@ -45,6 +47,7 @@ class Layer(_Row):
     bytes: int | None = None
     operations: int | None = None
     predicted_seconds: float | None = None
+    limit_seconds: float | None = None
     measured_seconds: float | None = None
     share_of_limit: float | None = None
     error: float | None = None

@@ -42,7 +42,8 @@ def _step(draw: Draw, b: Builder, values: list[str], rng: np.random.Generator) -
     rank = b.types[x].rank
     table = [_unary, _binary, _shape, _softmax, _reduce, _norm]
     table += [_linear] * 3 if rank <= 3 else [_conv] * 3 + [_pool]
-    return draw(st.sampled_from(table))(draw, b, x, values, rng)
+    made: str | None = draw(st.sampled_from(table))(draw, b, x, values, rng)
+    return made
 
 
 def _unary(draw: Draw, b: Builder, x: str, values: list[str], rng: np.random.Generator) -> str:
@@ -57,7 +58,9 @@ def _binary(draw: Draw, b: Builder, x: str, values: list[str], rng: np.random.Ge
     other = draw(st.sampled_from(same))
     if draw(st.booleans()):
         thin = tuple(d if draw(st.booleans()) else 1 for d in shape)
-        other = b.weight("c", rng.standard_normal(thin[draw(st.integers(0, 1)) if thin[0] == 1 else 0 :]).astype(np.float32))
+        other = b.weight(
+            "c", rng.standard_normal(thin[draw(st.integers(0, 1)) if thin[0] == 1 else 0 :]).astype(np.float32)
+        )
     return b.emit(ops.Binary(draw(st.sampled_from(["add", "sub", "mul", "max", "min"]))), x, other)
 
 
@@ -102,9 +105,9 @@ def _norm(draw: Draw, b: Builder, x: str, values: list[str], rng: np.random.Gene
 
 def _linear(draw: Draw, b: Builder, x: str, values: list[str], rng: np.random.Generator) -> str:
     depth, out = b.types[x].static_shape[-1], draw(_SIZES)
-    w = b.weight("w", (rng.standard_normal((out, depth)) / depth**0.5).astype(np.float32))
+    w = b.weight("w", np.asarray(rng.standard_normal((out, depth)) / depth**0.5, np.float32))
     if draw(st.booleans()):
-        return b.emit(ops.Linear(), x, w, b.weight("bias", rng.standard_normal(out).astype(np.float32)))
+        return b.emit(ops.Linear(), x, w, b.weight("bias", np.asarray(rng.standard_normal(out), np.float32)))
     return b.emit(ops.Linear(), x, w)
 
 

@@ -171,7 +171,9 @@ def _softmax_stats(ev: Evaluator, node: Node, idx: Idx) -> tuple[Vec, Vec]:
 def _softmax(ev: Evaluator, node: Node, _: int, idx: Idx) -> Vec:
     top, total = prepared(ev, node, idx)
     shifted = ev.number(node.inputs[0], idx) - top
-    return shifted - total if node.op.log else exp(ev, shifted) / total  # type: ignore[attr-defined]
+    assert isinstance(node.op, ops.Softmax)
+    result: Vec = shifted - total if node.op.log else exp(ev, shifted) / total
+    return result
 
 
 # --- attention ----------------------------------------------------------------------------------------------

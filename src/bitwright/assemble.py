@@ -241,20 +241,30 @@ def _layer(k: Kernel, graph: Graph, target: Target, errors: dict[str, float], re
     for n in heads:
         for key in (n.output, n.origin, *(i for i in n.inputs)):
             notes += [r for r in remarks.get(key, []) if r not in notes] if key else []
-    error = next((errors[o] for n in heads for o in n.outputs if o in errors), None)
+    error = next((errors[p] for n in reversed(heads) for o in n.outputs for p in _names(o) if p in errors), None)
     return Layer(
         name=k.node.output, op=label, origin=origin, shape=k.node.type.shape, formats=formats, pattern=pattern,
         density=kept, kernel=k.template, reason=k.reason, bytes=cost.bytes, operations=cost.operations,
-        predicted_seconds=cost.seconds, error=error, notes=notes,
+        predicted_seconds=cost.seconds, limit_seconds=cost.limit, error=error, notes=notes,
     )  # fmt: skip
 
 
+def _names(value: str) -> tuple[str, ...]:
+    """What a value was called before layout and quantization passes put their endings on it."""
+    plain = value.removesuffix(".last")
+    return (value, plain, plain.removesuffix(".q"), plain.removesuffix(".acc"), plain.removesuffix(".real"))
+
+
 def example_inputs(program: Program, calibration: Sequence[Any] = ()) -> list[np.ndarray[Any, Any]]:
-    """Inputs to measure a program with: the first calibration batch, or seeded random values."""
+    """Inputs of one chunk to measure a program with: from the first calibration batch, or seeded random values."""
     if calibration:
         first = calibration[0]
         given = [first[n] for n in program.input_names] if isinstance(first, dict) else list(first)
-        return [np.ascontiguousarray(v) for v in given]
+        rows = program.manifest.chunks[0]
+        sizes = [t.factor * rows or len(v) if np.ndim(v) else 0 for t, v in zip(program.inputs, given, strict=True)]
+        if all(np.ndim(v) == 0 or len(v) >= n for v, n in zip(given, sizes, strict=True)):
+            cut = [v[:n] if np.ndim(v) else v for v, n in zip(given, sizes, strict=True)]
+            return [np.ascontiguousarray(v) for v in cut]
     from bitwright.ir.types import parse_dtype
 
     rng = np.random.default_rng(0)
@@ -272,5 +282,8 @@ def with_measured(program: Program, inputs: Sequence[Any], repeats: int = 20) ->
     """The program with measured seconds per layer in its report (median over ``repeats`` calls)."""
     times = {s.label: s.seconds for s in program.profile(*inputs, repeats=repeats)}
     report = program.report.with_seconds(times)
+    for row in report.layers:
+        if row.measured_seconds and row.limit_seconds is not None:
+            row.share_of_limit = min(1.0, row.limit_seconds / row.measured_seconds)
     contents = program.contents
     return Program(replace(contents, report=report.to_json()), threads=program.threads)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -16,10 +14,7 @@ from bitwright.codegen.tvm.template import Refused, canonical
 from bitwright.ir import ops
 from bitwright.ir.build import Builder
 from bitwright.ir.types import BF16, F16, F32, S8, S32, U8, TensorType, parse_dtype, parse_type
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import harness as h
+from tests.codegen import harness as h
 
 RNG = np.random.default_rng(7)
 

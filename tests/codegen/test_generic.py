@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -18,10 +16,7 @@ from bitwright.codegen.tvm.generic import Generic
 from bitwright.codegen.tvm.template import Refused
 from bitwright.ir import ops
 from bitwright.ir.types import S8, S32, S64, U8, dtype_of
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from kernel_batch import Array, Batch, Case, body_of, call, load
+from tests.codegen.kernel_batch import Array, Batch, Case, body_of, call, load
 
 FLOATS = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 INTS = [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
@@ -281,8 +276,8 @@ def pointwise_cases(m: Maker) -> None:
         m.add(ops.Dequantize(axis, group), m.array(4, 6, dtype=np.int8), scale)
     acc = m.rng.integers(-(2**30), 2**30, (3, 4, 5)).astype(np.int32)
     for shape, axis in (((), None), ((4,), 1)):
-        scale, shift = (m.rng.integers(a, b, shape).astype(np.int32) for a, b in ((2**29, 2**31 - 1), (50, 56)))
-        m.add(ops.Requantize(S8, -3, axis), acc, np.asarray(scale), np.asarray(shift))
+        factor, shift = (m.rng.integers(a, b, shape).astype(np.int32) for a, b in ((2**29, 2**31 - 1), (50, 56)))
+        m.add(ops.Requantize(S8, -3, axis), acc, np.asarray(factor), np.asarray(shift))
 
 
 def fused_cases(m: Maker) -> None:

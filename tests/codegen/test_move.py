@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -16,10 +14,7 @@ from bitwright.codegen.tvm.move import Move
 from bitwright.codegen.tvm.template import Refused
 from bitwright.ir import ops
 from bitwright.ir.types import F16, F32, S32, U8
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from kernel_batch import Array, Batch, Case, body_of
+from tests.codegen.kernel_batch import Array, Batch, Case, body_of
 
 KINDS = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int8, np.int64, np.bool_]
 TARGETS = ["x86-avx512-vnni", "x86-avx2", "x86-portable"]

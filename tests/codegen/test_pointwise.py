@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +15,7 @@ from bitwright.ir import ops
 from bitwright.ir.build import Builder
 from bitwright.ir.infer import InferenceError
 from bitwright.ir.types import U64, DType, TensorType, parse_dtype
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import harness as h
+from tests.codegen import harness as h
 
 Array = np.ndarray[Any, Any]
 N = 203

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -15,10 +13,7 @@ from bitwright.codegen.tvm.rows import Rows
 from bitwright.codegen.tvm.template import Refused
 from bitwright.ir import ops
 from bitwright.ir.types import BF16, F16, F32, S8, U8
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from kernel_batch import Array, Batch, Case, body_of
+from tests.codegen.kernel_batch import Array, Batch, Case, body_of
 
 TARGETS = ["x86-avx512-vnni", "x86-avx2", "x86-portable"]
 RNG = np.random.default_rng(7)

@@ -75,7 +75,7 @@ def _shr(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(by == 0, wide, ((wide >> 1) & 0x7FFFFFFFFFFFFFFF) >> (by - 1).clamp(min=0)).view(
             torch.uint64
         )
-    return torch.bitwise_right_shift(a, b)
+    return _unsigned(torch.bitwise_right_shift)(a, b)
 
 
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -84,7 +84,7 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "min": _unsigned(torch.minimum), "max": _unsigned(torch.maximum), "mod": _unsigned(torch.remainder),
     "fmod": _unsigned(torch.fmod), "and": torch.logical_and, "or": torch.logical_or, "xor": torch.logical_xor,
     "bitand": _unsigned(torch.bitwise_and), "bitor": _unsigned(torch.bitwise_or),
-    "bitxor": _unsigned(torch.bitwise_xor), "shl": _unsigned(torch.bitwise_left_shift), "shr": _unsigned(_shr),
+    "bitxor": _unsigned(torch.bitwise_xor), "shl": _unsigned(torch.bitwise_left_shift), "shr": _shr,
     "atan2": torch.atan2, "eq": torch.eq, "ne": torch.ne, "lt": _unsigned(torch.lt), "le": _unsigned(torch.le),
     "gt": _unsigned(torch.gt), "ge": _unsigned(torch.ge),
 }  # fmt: skip
@@ -211,21 +211,14 @@ def _conv_transpose(op: ops.ConvTranspose, x: Tensor, w: Tensor, bias: Tensor | 
     n = w.dim() - 2
     extra = op.output_padding or (0,) * n
     stride, dilation = op.stride or (1,) * n, op.dilation or (1,) * n
-    y = _CONVT[n](x, w, bias, stride, 0, 0, op.groups, dilation)
-    full = [(x.shape[2 + i] - 1) * stride[i] + dilation[i] * (w.shape[2 + i] - 1) + 1 for i in range(n)]
+    y = _CONVT[n](x, w, None, stride, 0, 0, op.groups, dilation)
     begin, end = op.padding[:n] or (0,) * n, op.padding[n:] or (0,) * n
     trim = [e - o for e, o in zip(end, extra, strict=True)]
-    if any(t < 0 for t in trim):
-        y = pad_space(y, (0,) * n, tuple(max(0, -t) for t in trim))
-        if bias is not None:
-            fix = [max(0, -t) for t in trim]
-            for i, f in enumerate(fix):
-                if f:
-                    y = y.clone()
-                    y.narrow(2 + i, y.shape[2 + i] - f, f).add_(bias.reshape(-1, *[1] * n))
+    y = pad_space(y, (0,) * n, tuple(max(0, -t) for t in trim))  # output padding beyond the full result is zeros
+    full = [(x.shape[2 + i] - 1) * stride[i] + dilation[i] * (w.shape[2 + i] - 1) + 1 for i in range(n)]
     for i in range(n):
         y = y.narrow(2 + i, begin[i], full[i] - begin[i] - trim[i])
-    return y
+    return y if bias is None else y + bias.reshape(-1, *[1] * n)
 
 
 def _exact(x: Tensor, zero: int) -> Tensor:

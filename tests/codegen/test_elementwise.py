@@ -152,7 +152,7 @@ def test_exact_chain() -> None:
 def test_half_chain(dtype: Any) -> None:
     def build(b: Builder) -> list[str]:
         y = b.emit(ops.Unary("gelu"), b.emit(ops.Binary("add"), "x0", "x1"))
-        return [b.emit(ops.Cast(F32), y), b.emit(ops.Where(), b.emit(ops.Binary("lt"), y, "x1"), y, "x0")]
+        return [b.emit(ops.Cast(F32), y), b.emit(ops.Where(), b.emit(ops.Binary("lt"), "x0", "x1"), y, "x0")]
 
     body = h.graph_of(build, x0=f"{dtype}[9, 45]", x1=f"{dtype}[45]")
     inputs = [array(f"{dtype}[9, 45]"), array(f"{dtype}[45]")]

@@ -110,12 +110,14 @@ def batch_symbol(graph: Graph, batch: int) -> tuple[str, list[str]]:
 
 
 def _refuse_empty(graph: Graph) -> None:
-    empty = [(n, t) for n, t in graph.types.items() if t.is_static and t.size == 0]
-    if empty:
-        name, t = empty[0]
-        node = graph.producers.get(name)
-        place = node.origin or name if node else name
-        raise Unsupported(Problem("empty tensor", place, f"%{name} has no elements: {t}", "give it a size above zero"))
+    """An empty input that something reads, or an empty result, means a size of zero nobody can have wanted."""
+    used = {x for n in graph.nodes for x in n.inputs} | set(graph.outputs)
+    for name in [*(v.name for v in graph.inputs if v.name in used), *graph.outputs]:
+        t = graph.types[name]
+        if t.is_static and t.size == 0:
+            node = graph.producers.get(name)
+            place = node.origin or name if node else f"input {name!r}"
+            raise Unsupported(Problem("empty tensor", place, f"%{name} has no elements: {t}", "give it a size above zero"))
 
 
 def fit_batches(graph: Graph, calibration: Sequence[Any]) -> list[Any]:

@@ -72,9 +72,9 @@ def _unsigned(fn: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tenso
 def _shr(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.uint64:  # logical shift of the bits held in an s64
         wide, by = a.view(torch.int64), b.to(torch.int64)
-        return torch.where(by == 0, wide, ((wide >> 1) & 0x7FFFFFFFFFFFFFFF) >> (by - 1).clamp(min=0)).view(
-            torch.uint64
-        )
+        moved = ((wide >> 1) & 0x7FFFFFFFFFFFFFFF) >> (by - 1).clamp(0, 63)
+        moved = torch.where((by < 0) | (by > 63), torch.zeros_like(wide), moved)
+        return torch.where(by == 0, wide, moved).view(torch.uint64)
     return _unsigned(torch.bitwise_right_shift)(a, b)
 
 

@@ -23,12 +23,10 @@ def dyadic(factor: Array) -> tuple[Array, Array]:
     >>> [int(v) for v in (*dyadic(np.array(0.5)), *dyadic(np.array(3.0)))]
     [1073741824, 31, 1610612736, 29]
     """
-    mantissa, exponent = np.frexp(factor.astype(np.float64))
-    m = np.floor(mantissa * (1 << 31) + 0.5).astype(np.int64)
-    e = 31 - exponent.astype(np.int64)
+    factor = factor.astype(np.float64)
+    e = np.minimum(31 - np.frexp(factor)[1].astype(np.int64), 62)  # below 2^-31 the multiplier loses digits
+    m = np.floor(np.ldexp(factor, e) + 0.5).astype(np.int64)
     e, m = np.where(m == 1 << 31, e - 1, e), np.where(m == 1 << 31, 1 << 30, m)
-    far = np.clip(e - 62, 0, 62)  # below 2^-31 the multiplier loses digits
-    m, e = np.where(far > 0, (m + ((1 << far) >> 1)) >> far, m), np.minimum(e, 62)
     return m.astype(np.int32), e.astype(np.int32)
 
 

@@ -19,8 +19,8 @@ def parameters(lo: float, hi: float, dtype: DType) -> tuple[float, int]:
     """Scale (an f32 value) and zero point that cover [lo, hi] and represent 0 exactly.
 
     >>> from bitwright.ir.types import U8
-    >>> parameters(0.0, 2.55, U8)[1], parameters(-1.0, 1.0, S8)[1]
-    (0, 0)
+    >>> parameters(0.0, 2.55, U8)[1], parameters(-1.0, 3.0, U8)[1]
+    (0, 64)
     """
     lo, hi = min(lo, 0.0), max(hi, 0.0)
     scale = float(np.float32((hi - lo) / (dtype.hi - dtype.lo)))

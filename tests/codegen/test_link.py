@@ -39,7 +39,7 @@ def symbols(library: bytes, folder: Path) -> tuple[set[str], set[str]]:
 def test_only_the_interface_is_exported(main_text: str, tmp_path: Path) -> None:
     library = link({"k": compile_c(KERNEL, tmp_path)}, main_text, openmp=False)
     exported, undefined = symbols(library, tmp_path)
-    assert exported == {"bw_run", "bw_profile", "bw_info", "bw_abi_version"}
+    assert exported == {"bw_run", "bw_profile", "bw_trace", "bw_info", "bw_abi_version"}
     assert {n for n in undefined if not n.startswith("_")} <= {"clock_gettime", "memcpy"}
 
 

@@ -30,8 +30,9 @@ demo: $(READY)  ## train, compress, compile and measure a small CNN and MiniLM; 
 test: $(READY)  ## the test suite, without the nightly sweeps
 	$(PY) -m pytest -n $(JOBS) -m "not nightly"
 
-nightly: $(READY)  ## the slow sweeps: thousands of random graphs, all architectures
+nightly: $(READY)  ## the slow sweeps: all architectures, 2,000 random graphs compiled against the reference
 	$(PY) -m pytest -n $(JOBS) -m nightly
+	BITWRIGHT_RANDOM_GRAPHS=2000 $(PY) -m pytest -n $(JOBS) tests/test_random_graphs.py
 
 onnx-suite: $(READY)  ## the ONNX backend suite; prints how many cases pass, refuse, fail
 	$(PY) benchmarks/onnx_suite.py --executor compiled

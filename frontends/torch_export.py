@@ -57,8 +57,13 @@ def capture(
     if isinstance(module, ExportedProgram):
         program: ExportedProgram = module
         named: list[dict[int, str]] = []
-    else:
+    elif isinstance(module, torch.nn.Module):
         program, named = _export(module, example_inputs, dynamic_batch, dynamic_shapes)
+    else:
+        raise InvalidInput(
+            "a model is a torch.nn.Module, an ExportedProgram, a bitwright Graph, an ONNX file or ModelProto,"
+            f" not {type(module).__name__}"
+        )
     return Reader(_decomposed(program), named).read(name or _graph_name(module))
 
 

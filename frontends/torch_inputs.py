@@ -21,6 +21,8 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(example_inputs)
     if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
         return tuple(example_inputs), {}
+    if example_inputs is None:
+        raise InvalidInput("a torch module needs example_inputs: what it would be called with")
     raise InvalidInput(f"example inputs are a tensor, a sequence or a mapping, not {type(example_inputs).__name__}")
 
 

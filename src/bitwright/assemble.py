@@ -53,6 +53,7 @@ def assemble(
     from bitwright.driver import lower
     from bitwright.errors_by_layer import layer_errors
 
+    _refuse_broken(graph)
     symbol, notes = batch_symbol(graph, batch)
     calibration = fit_batches(graph, calibration)
     quantized: dict[str, Graph] = {}
@@ -109,6 +110,22 @@ def batch_symbol(graph: Graph, batch: int) -> tuple[str, list[str]]:
     return first, []
 
 
+def _refuse_broken(graph: Graph) -> None:
+    """NaN in a weight, or an infinity in a factor of a contraction, before any pass meets it."""
+    factors = {x for n in graph.nodes if isinstance(n.op, ops.CONTRACTION) for x in n.inputs[:2]}
+    for node in graph.nodes:
+        if not isinstance(node.op, ops.Weight) or not node.type.dtype.is_float:
+            continue
+        a = graph.weights[node.op.ref].array
+        with np.errstate(all="ignore"):
+            if np.isfinite(float(a.sum(dtype=np.float32))):
+                continue
+        wide = a.astype(np.float32, copy=False)
+        what = "NaN" if np.isnan(wide).any() else "an infinity" if np.isinf(wide).any() else ""
+        if what == "NaN" or (what and node.output in factors):
+            raise InvalidInput(f"weight {node.op.ref!r} contains {what}")
+
+
 def _refuse_empty(graph: Graph) -> None:
     """An empty input that something reads, or an empty result, means a size of zero nobody can have wanted."""
     used = {x for n in graph.nodes for x in n.inputs} | set(graph.outputs)
@@ -117,7 +134,9 @@ def _refuse_empty(graph: Graph) -> None:
         if t.is_static and t.size == 0:
             node = graph.producers.get(name)
             place = node.origin or name if node else f"input {name!r}"
-            raise Unsupported(Problem("empty tensor", place, f"%{name} has no elements: {t}", "give it a size above zero"))
+            raise Unsupported(
+                Problem("empty tensor", place, f"%{name} has no elements: {t}", "give it a size above zero")
+            )
 
 
 def fit_batches(graph: Graph, calibration: Sequence[Any]) -> list[Any]:
@@ -132,14 +151,24 @@ def fit_batches(graph: Graph, calibration: Sequence[Any]) -> list[Any]:
         arrays = [
             _convert(np.asarray(a), v.type.dtype.numpy, v.name) for a, v in zip(arrays, graph.inputs, strict=True)
         ]
-        out += _cut(graph, arrays)
+        cut = _cut(graph, arrays)
+        for given, a, v in zip(arrays, cut[0], graph.inputs, strict=True):
+            if len(a.shape) != v.type.rank or any(
+                d != n if isinstance(n, int) else not d for d, n in zip(a.shape, v.type.shape, strict=True)
+            ):
+                shape = "x".join(map(str, given.shape))
+                raise InvalidInput(f"calibration data for input {v.name!r} is {shape}; the model takes {v.type}")
+        out += cut
     return out
 
 
 def _convert(a: np.ndarray[Any, Any], want: np.dtype[Any], name: str) -> np.ndarray[Any, Any]:
     if a.dtype.kind == "f" and not np.isfinite(a).all():
         raise InvalidInput(f"calibration data for input {name!r} contains NaN or infinity")
-    return a if a.dtype == want else a.astype(want)
+    try:
+        return a if a.dtype == want else a.astype(want)
+    except (TypeError, ValueError) as e:
+        raise InvalidInput(f"calibration data for input {name!r} are no numbers: {e}") from e
 
 
 def _cut(graph: Graph, arrays: list[np.ndarray[Any, Any]]) -> list[Any]:

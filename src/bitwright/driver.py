@@ -83,6 +83,8 @@ def batches(calibration: Any) -> list[Any]:
         return [(_array(calibration),)]
     if isinstance(calibration, Mapping):
         return [{k: _array(v) for k, v in calibration.items()}]
+    if not isinstance(calibration, Iterable):
+        raise InvalidInput(f"calibration is an iterable of inputs or a file, not {type(calibration).__name__}")
     return [_batch(b) for b in calibration]
 
 
@@ -217,20 +219,42 @@ def compile(
     """
     from bitwright.assemble import assemble
 
-    if threads < 1:
-        raise InvalidInput(f"threads must be at least 1, not {threads}")
     began = time.perf_counter()
+    _whole("threads", threads, 1024)
+    _whole("batch", batch)
+    recipe = _recipe(recipe)
     machine = resolve(target)
     graph = to_graph(model, example_inputs)
     if sizes:
         unknown = set(sizes) - set(graph.symbols)
         if unknown:
             raise InvalidInput(f"the model has no symbolic size {sorted(unknown)}; it has {list(graph.symbols)}")
+        for name, size in sizes.items():
+            _whole(f"size {name!r}", size)
         graph = bind_graph(graph, dict(sizes))
     return assemble(
         graph, machine, recipe, batches(calibration), threads=threads, batch=batch, dump=dump,
         cache=Cache(cache_dir), workers=workers, progress=progress, measure=measure, began=began,
     )  # fmt: skip
+
+
+def _whole(name: str, value: object, most: int = 1 << 31) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise InvalidInput(f"{name} must be a whole number, at least 1, not {value!r}")
+    if not 1 <= value <= most:
+        raise InvalidInput(f"{name} must be at least 1{f' and at most {most}' if value > 1 else ''}, not {value}")
+
+
+def _recipe(recipe: Recipe) -> Recipe:
+    from bitwright.passes._pass import Pass
+
+    if isinstance(recipe, str):
+        return recipe
+    listed = tuple(recipe) if isinstance(recipe, Iterable) else (recipe,)
+    for p in listed:
+        if not isinstance(p, Pass):
+            raise InvalidInput(f"a recipe is text such as 'nm-mask, int8' or a list of passes; {p!r} is neither")
+    return listed
 
 
 def onnx_executor(graph: Graph) -> Callable[[Sequence[Any]], list[Any]]:

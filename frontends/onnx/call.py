@@ -341,10 +341,10 @@ class Call:
         self.seen.update(self.attributes)
         body = self._function_body()
         if body is None:
-            raise self.refuse(self._why_unknown())
+            raise self.refuse(self.why_unknown())
         return self.importer.run_function(body, self)
 
-    def _why_unknown(self) -> str:
+    def why_unknown(self) -> str:
         domain = self.domain or "ai.onnx"
         if self.schema is None:
             return f"{domain} (operator set {self.opset}) has no such operator, and the model defines none"

@@ -221,6 +221,7 @@ class Importer:
             ins = [self._operand(name, scope) for name in node.input]
             if any(isinstance(x, Poison) for x in ins):
                 outputs = (Poison(),) * len(node.output)
+                self._check_known(Call(self, node, scope, ins))
             else:
                 result = self._apply(Call(self, node, scope, ins))
                 outputs = result if isinstance(result, (tuple, list)) else (result,)
@@ -278,6 +279,13 @@ class Importer:
             self.needs.update(dict.fromkeys(names))
             cure = "give " + " and ".join(f"{n!r}" for n in names) + " a fixed value: constants={name: array}"
         self.report(Problem(node.op_type, self.origin, e.what, cure))
+
+    def _check_known(self, call: Call) -> None:
+        """Report an operator that nobody knows even where its operands could not be computed."""
+        domain = "" if call.node.domain == "ai.onnx" else call.node.domain
+        key = (domain, call.node.op_type)
+        if call.schema is None and key not in self.handlers and (*key, call.node.overload) not in self.functions:
+            raise call.refuse(call.why_unknown())
 
     def _apply(self, call: Call) -> Result:
         node = call.node

@@ -48,13 +48,22 @@ def macs(node: Node, types: dict[str, TensorType] | Graph) -> int:
     return 0
 
 
-def weight_bytes(t: TensorType) -> float:
-    """Bytes of a weight as its kernel stores it: N:M weights carry their kept values and packed indices."""
+def weight_bytes(t: TensorType, isa: str = "avx512-vnni") -> float:
+    """Bytes of a weight as its kernel stores it: N:M weights carry their kept values and packed indices.
+
+    8-bit weights take 2 or 4 bits an index with AVX-512 and a byte elsewhere, f32 ones 4 bits (a byte in scalar code).
+    """
     dense = t.size * max(1, t.dtype.bits) / 8
     if not isinstance(t.encoding, NM):
         return dense
-    index_bits = 2 if t.encoding.group <= 4 else 4
     kept = t.size * t.encoding.density
+    if t.dtype.bits > 8:
+        index_bits = 8 if isa == "portable" else 4
+    elif isa == "avx512-vnni":
+        index_bits = 2 if t.encoding.group <= 4 else 4
+    else:
+        index_bits = 8
+        kept = max(kept, t.size / 4) if isa != "portable" else kept  # at least one of every four is stored
     return kept * (max(8, t.dtype.bits) + index_bits) / 8
 
 
@@ -62,7 +71,7 @@ def cost_of(body: Graph, target: Target, *, generic: bool = False, sparse: bool 
     """The cost of one region on one core; ``sparse`` False prices N:M weights as dense ones."""
     operations = 2 * sum(macs(n, body) for n in body.nodes)
     nbytes = sum(v.type.size * max(1, v.type.dtype.bits // 8) for v in body.inputs if v.type.encoding is None)
-    nbytes += int(sum(weight_bytes(v.type) for v in body.inputs if v.type.encoding is not None))
+    nbytes += int(sum(weight_bytes(v.type, target.isa) for v in body.inputs if v.type.encoding is not None))
     nbytes += sum(body.types[o].size * max(1, body.types[o].dtype.bits // 8) for o in body.outputs)
     arithmetic, limit = 0.0, 0.0
     for node in body.nodes:

@@ -77,7 +77,8 @@ def reference(path: Path, x: Array) -> Array:
     from onnx import numpy_helper
 
     w, c = (numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer)
-    return np.maximum(x @ w.T + c, 0)
+    result: Array = np.maximum(x @ w.T + c, 0)
+    return result
 
 
 # --- models ------------------------------------------------------------------------------------------------------
@@ -284,4 +285,4 @@ def test_public_names_exist() -> None:
     for name in bw.__all__:
         assert getattr(bw, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'compil'"):
-        _ = bw.compil  # type: ignore[attr-defined]
+        _ = bw.compil

@@ -102,7 +102,7 @@ def test_a_row_is_the_same_in_any_batch(name: str, recipe: str, batch: int) -> N
 def to_onnx(module: nn.Module, inputs: tuple[Tensor, ...], dynamo: bool, names: list[str]) -> Any:
     import onnx
 
-    buffer = io.BytesIO()
+    buffer: Any = io.BytesIO()
     options: dict[str, Any] = {"verbose": False} if dynamo else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import bitwright as bw
+from bitwright.codegen.cost import weight_bytes
 from bitwright.codegen.targets import BUILTIN
 from bitwright.codegen.targets.machine import cpu_flags
 from bitwright.ir.target import SparseRate
-from bitwright.ir.types import F32, U8
+from bitwright.ir.types import F32, NM, S8, U8, TensorType
 from bitwright.runtime.report import Layer
 
 BEST = next(t for t in BUILTIN.values() if {f.replace("avxvnni", "avx_vnni") for f in t.features} <= cpu_flags())
@@ -55,6 +56,11 @@ def prune(module: nn.Module, keep: int, group: int) -> nn.Module:
     return module
 
 
+def program_pattern(row: Layer) -> NM:
+    keep, group = row.pattern.removeprefix("nm<").split(",")[0].split(":")
+    return NM(int(keep), int(group), 1)
+
+
 def size_in_file(program: bw.Program, path: Path) -> int:
     program.save(path)
     with zipfile.ZipFile(path) as archive:
@@ -71,6 +77,8 @@ def test_packed_int8_weights_are_as_small_as_their_pattern(pattern: str, share: 
     assert size < dense < 1.1 * size
     rest = dense - size  # biases, multipliers
     assert sparse <= share * size + rest
+    predicted = sum(weight_bytes(TensorType(S8, (256, 256), program_pattern(row))) for row in weighted(program))
+    assert sparse - rest == pytest.approx(predicted, rel=0.01)
     for row in weighted(program):
         assert (row.pattern, row.kernel) == (f"nm<{pattern}, axis=1>", "contract")
         assert row.reason.startswith(f"{pattern} kernel, expected")

@@ -77,7 +77,7 @@ def test_linear(target: str, pattern: tuple[int, int] | None) -> None:
     if target not in available():
         pytest.skip(f"this CPU cannot run {target}")
 
-    @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 70), st.booleans(), st.integers(0, 2**31))
     def run(rows: int, cols: int, depth: int, extreme: bool, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -97,7 +97,7 @@ def test_convolution(target: str, pattern: tuple[int, int] | None) -> None:
     if target not in available():
         pytest.skip(f"this CPU cannot run {target}")
 
-    @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.data())
     def run(data: st.DataObject) -> None:
         rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))

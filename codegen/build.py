@@ -10,7 +10,7 @@ import numpy as np
 
 from bitwright.codegen.cache import Cache
 from bitwright.codegen.jobs import Job, compile_all
-from bitwright.codegen.link import link
+from bitwright.codegen.link import find_compiler, link
 from bitwright.codegen.main_c import Variant, main_c
 from bitwright.codegen.plan import Arg, Buffer, Plan, Step, plan
 from bitwright.ir import ops
@@ -70,6 +70,7 @@ def build(
     ``rows``, ``row_inputs``, ``row_outputs``: the chunk of a symbolic batch the graph was bound to and the bytes
     per row of each input and output. Raises :class:`Unsupported` listing every region without a kernel.
     """
+    find_compiler()  # its lack is told before kernels are compiled
     from bitwright.codegen.tvm.select import Order, compile_order
 
     graph, choices = select(graph, target)

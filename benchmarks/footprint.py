@@ -2,8 +2,8 @@
 
     python benchmarks/footprint.py [--model resnet50] [--recipe int8] [--dry]
 
-Compiling runs in a process of its own with an empty cache; its memory is the largest sum of the proportional set sizes
-of its process tree. Loading and calling run in processes that import NumPy and the runtime only.
+Compiling (with capture) runs in a process of its own with an empty cache; its memory is the largest sum of the
+proportional set sizes of its process tree. Loading and calling run in processes that import the runtime only.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import peers
-import psutil
+import psutil  # type: ignore[import-untyped,unused-ignore]
 import tables
+
+METHOD = (
+    "Compiling on all cores and loading by the wall clock, the file in the page cache; a call: median of 200 batches "
+    "of min(wall, CPU) on one core, its overhead is that less the best of the kernel alone."
+)
 
 COMPILE = """
 import json, sys, time
@@ -28,18 +33,19 @@ sys.path[:0] = {paths!r}
 import models
 import bitwright as bw
 it = models.subject({model!r})
-graph = bw.capture(it.module, it.inputs)
 print("ready", flush=True)
 sys.stdin.readline()
 began = time.perf_counter()
+graph = bw.capture(it.module, it.inputs)
+captured = time.perf_counter() - began
 program = bw.compile(graph, recipe={recipe!r}, calibration=it.calibration, cache_dir={cache!r})
 seconds = time.perf_counter() - began
 program.save({output!r})
 began = time.perf_counter()
 bw.compile(graph, recipe={recipe!r}, calibration=it.calibration, cache_dir={cache!r})
 passes = sorted(((round(r.seconds, 2), r.name) for r in program.report.passes), reverse=True)[:6]
-print(json.dumps({{"seconds": seconds, "warm_seconds": time.perf_counter() - began, "passes": passes,
-                   "kernels": program.report.figures}}))
+print(json.dumps({{"seconds": seconds, "capture_seconds": captured, "warm_seconds": time.perf_counter() - began,
+                   "passes": passes, "kernels": program.report.figures}}))
 """
 
 LOAD = """
@@ -47,12 +53,12 @@ import json, sys, time
 from bitwright.runtime.program import Program
 times = []
 for _ in range(20):
-    began, own = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
     program = Program.load({path!r})
-    times.append((time.perf_counter() - began, time.process_time() - own))
+    times.append(time.perf_counter() - began)
     program.close()
 heavy = [m for m in ("torch", "onnx", "tvm") if m in sys.modules]
-print(json.dumps({{"first": min(times[0]), "best": min(map(min, times)), "heavy_imports": heavy}}))
+print(json.dumps({{"first": times[0], "median": sorted(times)[10], "worst": max(times), "heavy_imports": heavy}}))
 """
 
 CALL = """
@@ -158,21 +164,22 @@ def main() -> None:
         called = python(CALL.format(path=str(folder / "layer.bw")))
     overhead = called["median"] - called["kernels"]
     checks = [
-        ("compile, cold cache", f"{compiled['seconds']:.1f} s", "60 s", compiled["seconds"] < 60),
+        ("capture and compile, cold cache", f"{compiled['seconds']:.1f} s", "60 s", compiled["seconds"] < 60),
         ("peak memory while compiling", f"{compiled['peak_bytes'] / 1e9:.2f} GB", "4 GB", compiled["peak_bytes"] < 4e9),
-        ("load", f"{loaded['best'] * 1e3:.1f} ms", "50 ms", loaded["best"] < 0.05),
+        ("first load in a process", f"{loaded['first'] * 1e3:.1f} ms", "50 ms", loaded["first"] < 0.05),
         ("overhead of a call, one layer", f"{overhead * 1e6:.1f} us", "20 us", overhead < 20e-6),
     ]
     rows = [[what, got, limit, tables.verdict(ok)] for what, got, limit, ok in checks]
     rows += [
         ["compile again, warm cache", f"{compiled['warm_seconds']:.1f} s", "", ""],
         ["memory before compiling", f"{compiled['before_bytes'] / 1e9:.2f} GB", "", ""],
-        ["first load in a process", f"{loaded['first'] * 1e3:.1f} ms", "", ""],
+        ["later loads, median of 20", f"{loaded['median'] * 1e3:.1f} ms", "", ""],
+        ["of the compile: capture", f"{compiled['capture_seconds']:.1f} s", "", ""],
         ["artifact", f"{size / 1e6:.1f} MB", "", ""],
         ["a whole call, one layer", f"{called['median'] * 1e6:.1f} us", "", ""],
     ]
     heavy = ", ".join(loaded["heavy_imports"]) or "none of torch, onnx, tvm"
-    text = tables.heading(f"Footprint of {args.model}, {args.recipe}", env)
+    text = tables.heading(f"Footprint of {args.model}, {args.recipe}", env, METHOD)
     text += "\n" + tables.markdown(["", "measured", "below", ""], rows)
     text += f"\nLoading imports {heavy}. Dearest passes: "
     text += ", ".join(f"{p} {s} s" for s, p in compiled["passes"]) + ".\n"

@@ -71,14 +71,17 @@ def environment(versions: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def heading(title: str, env: Mapping[str, Any]) -> str:
+RACED = "One thread, one core; interleaved rounds; a time is the median over the rounds of min(wall, CPU)."
+
+
+def heading(title: str, env: Mapping[str, Any], method: str = RACED) -> str:
     """The first lines of a results file."""
     packages = ", ".join(f"{k} {v}" for k, v in env["versions"].items())
     load = " ".join(map(str, env["load"]))
     return (
         f"# {title}\n\n`{env['command']}`, {env['date']}; {env['cpu']}, {env['cores']} cores, load {load}; "
         f"{env['system']}, Python {env['python']}; {packages}.\n\n"
-        "One thread, one core; interleaved rounds; a time is the median over the rounds of min(wall, CPU).\n"
+        f"{method}\n"
     )
 
 

@@ -26,11 +26,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class SparseRate:
-    """Speed of N:M contractions over the dense rate of the same operands.
-
-    ``factor`` is the measured share of the ideal group/keep; patterns with ``group`` up to ``max_window`` groups
-    apply. ``min_gain``: below it the target says the pattern does not pay.
-    """
+    """Speed of an N:M contraction over the dense one of the same operands; below 1 it is slower."""
 
     x: DType
     keep: int
@@ -83,11 +79,16 @@ class Target:
         return max((r.ops_per_second for r in self.rates if (r.x, r.w) == (x, w)), default=0.0)
 
     def sparse_gain(self, x: DType, pattern: NM) -> float:
-        """Expected speed over dense of a pattern; 0.0 when the target has no kernel for it."""
-        for s in self.sparse:
-            if s.x == x and (s.keep, s.group) == (pattern.keep, pattern.group):
+        """Expected speed over dense of a pattern.
+
+        A pattern that is not declared is expected to reach the smallest share of its ideal group/keep that any
+        declared one of this format reaches; 0.0 when none is declared.
+        """
+        same = [s for s in self.sparse if s.x == x]
+        for s in same:
+            if (s.keep, s.group) == (pattern.keep, pattern.group):
                 return s.gain
-        return 0.0
+        return min((s.gain * s.keep / s.group for s in same), default=0.0) * pattern.group / pattern.keep
 
     @property
     def fingerprint(self) -> str:

@@ -147,8 +147,6 @@ def _with_pattern(
     if why := contract.supports(sparse, target.isa):
         return spec, f"runs dense: no {label} kernel here ({why})"
     gain = target.sparse_gain(spec.input_dtype, nm)
-    if not gain:
-        gain = 0.7 * nm.group / nm.keep  # a generic index stream reaches about this share of the ideal
     if gain < _PAYS:
         return spec, f"runs dense: {label} would gain only {gain:.2f}x on {target.name}"
     return sparse, f"{label} kernel, expected {gain:.2g}x over dense"

@@ -39,8 +39,10 @@ onnx-suite: $(READY)  ## the ONNX backend suite; prints how many cases pass, ref
 
 bench: $(READY)  ## side-by-side measurements against peers; results in benchmarks/results
 	$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e ".[bench]"
+	$(PY) benchmarks/kernels.py
 	$(PY) benchmarks/gemm.py
-	$(PY) benchmarks/models.py
+	$(PY) benchmarks/footprint.py
+	$(PY) benchmarks/models.py --profile
 
 lint: $(READY)  ## ruff, mypy, import contracts
 	$(PY) -m ruff check .

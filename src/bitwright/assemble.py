@@ -256,7 +256,9 @@ def _layer(k: Kernel, graph: Graph, target: Target, errors: dict[str, float], re
     root = next((n for n in body.nodes if macs(n, body)), None)
     heads = [n for n in body.nodes if not isinstance(n.op, ops.Constant)]
     label = "+".join(dict.fromkeys(n.op.spelling for n in heads))
-    cost = cost_of(body, target, generic=k.template == "generic", sparse="dense" not in k.reason)
+    cost = cost_of(
+        body, target, generic=k.template == "generic", sparse=not k.reason.startswith(("dense", "runs dense"))
+    )
     formats, pattern, kept = Formats(out=str(body.types[body.outputs[0]].dtype)), "", None
     notes = [f"{t}: {why}" for t, why in k.refused if t == "contract" and root is not None]
     origin = k.node.origin or next((n.origin for n in heads if n.origin), "")

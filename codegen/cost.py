@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from bitwright.ir import ops
-from bitwright.ir.graph import Graph, Node
+from bitwright.ir.graph import Graph, Node, Value
 from bitwright.ir.target import Target
 from bitwright.ir.types import F32, NM, TensorType
 
@@ -70,9 +70,8 @@ def weight_bytes(t: TensorType, isa: str = "avx512-vnni") -> float:
 def cost_of(body: Graph, target: Target, *, generic: bool = False, sparse: bool = True) -> Cost:
     """The cost of one region on one core; ``sparse`` False prices N:M weights as dense ones."""
     operations = 2 * sum(macs(n, body) for n in body.nodes)
-    nbytes = sum(v.type.size * max(1, v.type.dtype.bits // 8) for v in body.inputs if v.type.encoding is None)
-    nbytes += int(sum(weight_bytes(v.type, target.isa) for v in body.inputs if v.type.encoding is not None))
-    nbytes += sum(body.types[o].size * max(1, body.types[o].dtype.bits // 8) for o in body.outputs)
+    nbytes = sum(_touched(v, body, target, sparse) for v in body.inputs)
+    nbytes += sum(_plain_bytes(body.types[o]) for o in body.outputs)
     arithmetic, limit = 0.0, 0.0
     for node in body.nodes:
         seconds, floor = _node_seconds(node, body, target, sparse)
@@ -81,6 +80,20 @@ def cost_of(body: Graph, target: Target, *, generic: bool = False, sparse: bool 
     bandwidth = target.cache_bandwidth if nbytes < target.l3_bytes // 2 else target.memory_bandwidth
     memory = nbytes / bandwidth
     return Cost(operations, nbytes, max(arithmetic, memory) + target.launch_seconds, max(limit, memory))
+
+
+def _plain_bytes(t: TensorType) -> int:
+    return t.size * max(1, t.dtype.bits // 8)
+
+
+def _touched(v: Value, body: Graph, target: Target, sparse: bool) -> int:
+    """Bytes of an input that the kernel reads: of a table only the rows that are gathered."""
+    readers = [n for n in body.nodes if v.name in n.inputs]
+    if readers and all(isinstance(n.op, ops.Gather) and n.inputs[0] == v.name for n in readers):
+        return sum(_plain_bytes(n.type) for n in readers)
+    if v.type.encoding is not None and sparse:
+        return int(weight_bytes(v.type, target.isa))
+    return _plain_bytes(v.type)
 
 
 def _work(node: Node, body: Graph) -> int:
@@ -106,7 +119,8 @@ def _node_seconds(node: Node, body: Graph, target: Target, sparse: bool) -> tupl
     steps = _SLOW_STEPS if getattr(node.op, "fn", "") in _SLOW or isinstance(node.op, ops.Softmax) else 1
     if isinstance(node.op, (ops.LayerNorm, ops.RmsNorm, ops.GroupNorm)):
         steps = 6
-    elements = max([node.type.size, *(body.types[x].size for x in node.inputs)])
+    read = () if isinstance(node.op, ops.Gather) else node.inputs
+    elements = max([node.type.size, *(body.types[x].size for x in read)])
     wide = target.vector_ops_per_second * 32 / max(32, node.type.dtype.bits if node.type.dtype != F32 else 32)
     return elements * steps / wide, 0.0
 

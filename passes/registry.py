@@ -26,6 +26,7 @@ PASSES: Mapping[str, str] = {
     "observe-ranges": "precision.observe_ranges:ObserveRanges",
     "quantize-int8": "precision.quantize_int8:QuantizeInt8",
     "lower-to-integer": "lowering.to_integer:LowerToInteger",
+    "bound-accumulators": "accumulators.bound_accumulators:BoundAccumulators",
     "channels-last": "lowering.channels_last:ChannelsLast",
     "fold-views": "lowering.fold_views:FoldViews",
     "fuse": "lowering.fuse:Fuse",

@@ -157,13 +157,14 @@ def lower(
     from bitwright.passes._instruments import Diff, Dump
     from bitwright.passes._manager import Pipeline, run_pipeline
     from bitwright.passes._pass import Context
+    from bitwright.passes.accumulators.bound_accumulators import BoundAccumulators
     from bitwright.passes.lowering.channels_last import ChannelsLast
     from bitwright.passes.lowering.fold_views import FoldViews
     from bitwright.passes.lowering.fuse import Fuse
     from bitwright.passes.pipelines import standard
 
     context = Context(target, batches(calibration), progress)
-    backend = (ChannelsLast(), FoldViews(), Fuse())
+    backend = (ChannelsLast(), FoldViews(), BoundAccumulators(), Fuse())
     if graph.level == "graph":
         pipeline = standard(recipe) + backend
     else:  # already lowered by hand or by `opt`: only what is left to do

@@ -55,8 +55,8 @@ def _nm_violation(weight: Array, nm: NM) -> str:
     if count.size and int(count.max()) > nm.keep:
         where = [int(i) for i in np.unravel_index(int(count.argmax()), count.shape)]
         return f"{int(count.max())} non-zeros in the group at {where}, at most {nm.keep} of {nm.group} allowed"
-    if nm.transposable and weight.ndim == 2:
-        return _nm_violation(weight, NM(nm.keep, nm.group, 1 - nm.axis % 2))
+    if nm.transposable and weight.ndim >= 2:  # of a convolution, every tap is a matrix of outputs x inputs
+        return _nm_violation(weight, NM(nm.keep, nm.group, 1 if nm.axis % weight.ndim == 0 else 0))
     return ""
 
 

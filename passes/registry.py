@@ -22,6 +22,7 @@ PASSES: Mapping[str, str] = {
     "recognize-norms": "canonical.recognize_norms:RecognizeNorms",
     "recognize-attention": "canonical.recognize_attention:RecognizeAttention",
     "nm-mask": "sparsity.nm_mask:NMMask",
+    "transposable-mask": "sparsity.transposable_mask:TransposableMask",
     "detect-sparsity": "sparsity.detect_sparsity:DetectSparsity",
     "observe-ranges": "precision.observe_ranges:ObserveRanges",
     "quantize-int8": "precision.quantize_int8:QuantizeInt8",

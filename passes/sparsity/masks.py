@@ -13,9 +13,17 @@ from bitwright.ir.errors import InvalidInput
 from bitwright.ir.patterns import keep_in_tail
 from bitwright.ir.types import NM
 from bitwright.ir.weights import Array
+from bitwright.passes.sparsity._diversity import mask_diversity, pattern_from_density
+from bitwright.passes.sparsity._magnitude import check_axis, floats
+from bitwright.passes.sparsity._mvue import mvue_mask
+from bitwright.passes.sparsity._transposable import transposable_mask
 
 if TYPE_CHECKING:
     import torch
+
+
+PIECE = 1 << 18
+"""Elements ranked at a time: what is compared stays in the caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +70,8 @@ def nm_mask(
     nm = NM(keep, group, axis, shared, block)
     if shared < 1 or block < 1:
         raise InvalidInput(f"{name}: shared and block are at least 1, not {shared} and {block}")
-    if not weight.is_floating_point():
-        raise InvalidInput(f"{name} is {weight.dtype}: masks are made on float weights, before quantization")
-    if not -weight.dim() <= axis < weight.dim():
-        raise InvalidInput(f"{name} has rank {weight.dim()}, no axis {axis}")
-    score = weight.detach().abs().movedim(axis, -1)
-    score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
-    if not bool(torch.isfinite(score).all()):
-        what = "NaN" if bool(torch.isnan(score).any()) else "an infinity"
-        raise InvalidInput(f"{name} contains {what}: magnitudes cannot be compared")
+    check_axis(weight, axis, name)
+    score = floats(weight, name).abs().movedim(axis, -1)
     size = score.shape[-1]
     blocks = -(-size // block)
     if block > 1:
@@ -99,11 +100,16 @@ def _largest(score: torch.Tensor, nm: NM, size: int) -> torch.Tensor:
     import torch
 
     blocks = score.shape[-1]
-    s = torch.nn.functional.pad(score, (0, -blocks % nm.group), value=-1.0).reshape(*score.shape[:-1], -1, nm.group)
-    kept = _rank(s) < nm.keep
+    s = torch.nn.functional.pad(score, (0, -blocks % nm.group), value=-1.0) if blocks % nm.group else score
+    kept = torch.empty(s.shape, dtype=torch.bool)
+    flat, out = s.reshape(-1, nm.group), kept.view(-1, nm.group)
+    step = PIECE // nm.group
+    for part, into in zip(torch.split(flat, step), torch.split(out, step), strict=True):
+        torch.lt(_rank(part), nm.keep, out=into)
     if blocks % nm.group:
-        kept[..., -1, :] = _rank(s[..., -1, :]) < keep_in_tail(nm, size)
-    return kept.flatten(-2)[..., :blocks]
+        last = slice(blocks - blocks % nm.group, None)
+        kept[..., last] = _rank(s[..., last]) < keep_in_tail(nm, size)
+    return kept[..., :blocks]
 
 
 def _rank(s: torch.Tensor) -> torch.Tensor:
@@ -133,4 +139,12 @@ def nm_mask_array(
     return kept if kept.flags.c_contiguous else np.ascontiguousarray(kept)
 
 
-__all__ = ["Pattern", "nm_mask", "nm_mask_array"]
+__all__ = [
+    "Pattern",
+    "mask_diversity",
+    "mvue_mask",
+    "nm_mask",
+    "nm_mask_array",
+    "pattern_from_density",
+    "transposable_mask",
+]

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bitwright.ir import errors
+from bitwright import errors
+from bitwright._version import __version__
 
 if TYPE_CHECKING:
     from bitwright.driver import advise, capture, compile, load, load_graph, load_onnx, optimize, verify
     from bitwright.ir.graph import Graph
     from bitwright.ir.target import Target
     from bitwright.runtime.program import Program
-
-__version__ = "0.1.0"
 
 _LAZY = {
     **{
@@ -45,6 +44,7 @@ __all__ = [
     "Graph",
     "Program",
     "Target",
+    "__version__",
     "advise",
     "capture",
     "compile",

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from bitwright._version import __version__
 from bitwright.codegen.build import Built, Kernel, build, nbytes_of
 from bitwright.codegen.cache import Cache
 from bitwright.codegen.cost import cost_of, macs
 from bitwright.codegen.targets.machine import cpu_name
 from bitwright.comparison import results_of
+from bitwright.errors_by_layer import layer_errors
 from bitwright.ir import ops
 from bitwright.ir.batch import why_not_separable
 from bitwright.ir.errors import InvalidInput, Problem, Unsupported
@@ -25,6 +27,7 @@ from bitwright.ir.patterns import density
 from bitwright.ir.target import Target
 from bitwright.ir.text import show
 from bitwright.ir.types import symbols_of
+from bitwright.pipeline import Lowered, lower
 from bitwright.runtime.artifact import Contents
 from bitwright.runtime.manifest import Manifest, Result, StepRow, TensorSpec
 from bitwright.runtime.program import Program
@@ -50,18 +53,12 @@ def assemble(
     began: float = 0.0,
 ) -> Program:
     """Compile ``graph`` for ``target``; see :func:`bitwright.compile` for the arguments and errors."""
-    from bitwright.driver import lower
-    from bitwright.errors_by_layer import layer_errors
-
     _refuse_broken(graph)
     symbol, notes = batch_symbol(graph, batch)
     calibration = fit_batches(graph, calibration)
-    quantized: dict[str, Graph] = {}
-    lowered, passes, context, diffs = lower(
-        graph, recipe, target, calibration, dump=dump, progress=progress, keep=quantized
-    )
+    done = lower(graph, recipe, target, calibration, dump=dump, progress=progress)
     sizes = dict.fromkeys(graph.symbols, batch)
-    bound = bind_graph(lowered, sizes) if sizes else lowered
+    bound = bind_graph(done.graph, sizes) if sizes else done.graph
     _refuse_empty(bound)
     rows = batch if symbol else 1
     row_bytes = [_row_bytes(t, rows) if symbol else 0 for t in _port_types(bound)]
@@ -70,8 +67,8 @@ def assemble(
         bound, target, rows=rows, row_inputs=row_bytes[:split], row_outputs=row_bytes[split:],
         cache=cache, workers=workers, progress=progress,
     )  # fmt: skip
-    errors = layer_errors(graph, quantized.get("quantized"), calibration) if quantized else {}
-    report = _report(graph, target, built, passes, context, diffs, errors)
+    errors = layer_errors(graph, done.quantized, calibration)
+    report = _report(graph, target, built, done, errors)
     report.notes += [*notes, *built.notes]
     report.figures = {
         "compile_seconds": time.perf_counter() - began if began else None,
@@ -82,7 +79,7 @@ def assemble(
         "weight_bytes": float(built.plan.weights_bytes),
         "predicted_seconds": float(sum(x.predicted_seconds or 0.0 for x in report.layers)),
     }
-    results = results_of(built.plan, built.graph, graph, quantized.get("quantized"))
+    results = results_of(built.plan, built.graph, graph, done.quantized)
     manifest = _manifest(graph, bound, target, built, symbol, rows, threads, results)
     contents = Contents(manifest, show(built.graph), built.library, built.weights, report.to_json())
     program = Program(contents, threads=threads)
@@ -199,8 +196,6 @@ def _manifest(
     threads: int,
     results: dict[str, Result],
 ) -> Manifest:
-    import bitwright
-
     ports = graph if symbol else bound
     inputs = tuple(TensorSpec(name=v.name, dtype=str(v.type.dtype), shape=v.type.shape) for v in ports.inputs)
     outputs = tuple(
@@ -214,16 +209,12 @@ def _manifest(
         name=graph.name, target=target.name, arch="x86_64", inputs=inputs, outputs=outputs, batch=symbol,
         chunks=(rows,), arena_bytes=built.plan.arena_bytes, scratch_bytes=built.plan.scratch_bytes,
         weights_bytes=built.plan.weights_bytes, threads=threads, features=target.features,
-        versions={"bitwright": bitwright.__version__, "python": platform.python_version()}, steps=steps,
+        versions={"bitwright": __version__, "python": platform.python_version()}, steps=steps,
     )  # fmt: skip
 
 
-def _report(
-    graph: Graph, target: Target, built: Built, passes: Any, context: Any, diffs: Any, errors: dict[str, float]
-) -> Report:
-    import bitwright
-
-    text: dict[str, str] = dict(diffs.diffs)
+def _report(graph: Graph, target: Target, built: Built, done: Lowered, errors: dict[str, float]) -> Report:
+    passes, text = done.report, done.diffs
     rows = [
         PassRow(
             index=r.index, name=r.name, options=r.options, seconds=r.seconds, nodes_before=r.nodes_before,
@@ -239,9 +230,9 @@ def _report(
     seen = [Refusal(pass_name=r.pass_name, place=r.place, reason=r.reason, cure=r.cure) for r in passes.refusals]
     return Report(
         model=graph.name, target=target.name, layers=layers, passes=rows, refusals=seen, pipeline=passes.pipeline,
-        facts={k: v for k, v in context.facts.items() if k == "ranges"},
+        facts={k: v for k, v in done.context.facts.items() if k == "ranges"},
         machine={"cpu": cpu_name(), "isa": target.isa, "source": target.source},
-        versions={"bitwright": bitwright.__version__},
+        versions={"bitwright": __version__},
     )  # fmt: skip
 
 

@@ -140,60 +140,6 @@ def optimize(
     return run_pipeline(graph, listed, context, instruments=instruments, stop_after=stop_after, bisect_limit=bisect)
 
 
-def lower(
-    graph: Graph,
-    recipe: Recipe,
-    target: Target,
-    calibration: Any = None,
-    *,
-    dump: str | Path | None = None,
-    progress: Progress | None = None,
-    keep: dict[str, Graph] | None = None,
-) -> tuple[Graph, Any, Any, Any]:
-    """The standard pipeline down to the kernel level; returns graph, report, context and the diffs.
-
-    ``keep["quantized"]`` receives the last graph-level form, before integers replace its float meaning.
-    """
-    from bitwright.passes._instruments import Diff, Dump
-    from bitwright.passes._manager import Pipeline, run_pipeline
-    from bitwright.passes._pass import Context
-    from bitwright.passes.accumulators.bound_accumulators import BoundAccumulators
-    from bitwright.passes.lowering.channels_last import ChannelsLast
-    from bitwright.passes.lowering.fold_views import FoldViews
-    from bitwright.passes.lowering.fuse import Fuse
-    from bitwright.passes.pipelines import standard
-
-    context = Context(target, batches(calibration), progress)
-    backend = (ChannelsLast(), FoldViews(), BoundAccumulators(), Fuse())
-    if graph.level == "graph":
-        pipeline = standard(recipe) + backend
-    else:  # already lowered by hand or by `opt`: only what is left to do
-        pipeline = Pipeline(backend if graph.level == "integer" else (), graph.level)
-    diff = Diff()
-    instruments: list[Any] = [diff, *([Dump(Path(dump))] if dump else [])]
-    if keep is not None:
-        instruments.append(_KeepBefore("lower-to-integer", "quantized", keep))
-    lowered, report = run_pipeline(graph, pipeline, context, instruments=instruments)
-    return lowered, report, context, diff
-
-
-class _KeepBefore:
-    """An instrument that keeps the graph a pass was given."""
-
-    def __init__(self, name: str, key: str, into: dict[str, Graph]) -> None:
-        self.name, self.key, self.into = name, key, into
-
-    def begin(self, graph: Graph) -> None:
-        pass
-
-    def before(self, index: int, p: Any, graph: Graph) -> None:
-        if p.name == self.name:
-            self.into[self.key] = graph
-
-    def after(self, index: int, p: Any, before: Graph, after: Graph, changed: bool, seconds: float) -> None:
-        pass
-
-
 def compile(
     model: Any,
     *,
@@ -294,7 +240,6 @@ __all__ = [
     "load",
     "load_graph",
     "load_onnx",
-    "lower",
     "optimize",
     "to_graph",
 ]

@@ -43,6 +43,7 @@ bench: $(READY)  ## side-by-side measurements against peers; results in benchmar
 	$(PY) benchmarks/gemm.py
 	$(PY) benchmarks/footprint.py
 	$(PY) benchmarks/models.py --profile
+	$(PY) benchmarks/masks.py
 
 lint: $(READY)  ## ruff, mypy, import contracts
 	$(PY) -m ruff check .

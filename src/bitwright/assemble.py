@@ -251,7 +251,11 @@ def _layer(k: Kernel, graph: Graph, target: Target, errors: dict[str, float], re
         body, target, generic=k.template == "generic", sparse=not k.reason.startswith(("dense", "runs dense"))
     )
     formats, pattern, kept = Formats(out=str(body.types[body.outputs[0]].dtype)), "", None
-    notes = [f"{t}: {why}" for t, why in k.refused if t == "contract" and root is not None]
+    notes = [
+        f"{t}: {why}"
+        for t, why in k.refused
+        if t == "contract" and root is not None and isinstance(root.op, ops.CONTRACTION)
+    ]
     origin = k.node.origin or next((n.origin for n in heads if n.origin), "")
     if root is not None:
         w = body.types[root.inputs[1]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -234,4 +234,4 @@ def _step(node: Node, choice: Choice, packed: Sequence[str]) -> Step:
     return Step(choice.symbol, config.tasks, tuple(args), config.scratch_bytes, node.output, inplace)
 
 
-__all__ = ["Built", "Kernel", "build", "nbytes_of", "replace", "select"]
+__all__ = ["Built", "Kernel", "build", "nbytes_of", "select"]

@@ -6,13 +6,13 @@ shows it beside the measured time. Efficiencies are those the kernels of ``tvm/c
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node, Value
 from bitwright.ir.target import Target
 from bitwright.ir.types import F32, NM, TensorType
+from bitwright.ir.work import macs
 
 _EFFICIENCY = 0.9
 _SLOW = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish pow sin cos div rsqrt sqrt".split())
@@ -30,22 +30,6 @@ class Cost:
     bytes: int
     seconds: float
     limit: float
-
-
-def macs(node: Node, types: dict[str, TensorType] | Graph) -> int:
-    """Dense multiply-accumulates of a contraction or attention node (static shapes), 0 for others."""
-    table = types.types if isinstance(types, Graph) else types
-    op, out = node.op, node.type.size
-    if isinstance(op, (ops.Linear, ops.IntLinear, ops.MatMul, ops.IntMatMul)):
-        return out * int(table[node.inputs[0]].shape[-1])
-    if isinstance(op, (ops.Conv, ops.IntConv)):
-        return out * math.prod(int(d) for d in table[node.inputs[1]].shape[1:])
-    if isinstance(op, ops.ConvTranspose):
-        return table[node.inputs[0]].size * math.prod(int(d) for d in table[node.inputs[1]].shape[1:])
-    if isinstance(op, ops.Attention):
-        q, k = table[node.inputs[0]], table[node.inputs[1]]
-        return (q.size + out) * int(k.shape[-2])
-    return 0
 
 
 def weight_bytes(t: TensorType, isa: str = "avx512-vnni") -> float:

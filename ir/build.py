@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -135,9 +134,6 @@ class Rewriter(Builder):
             del self.types[v.name]
             self.moved[v.name] = self.input(v.name, v.type)
 
-    def fresh(self, stem: str) -> str:
-        return super().fresh(stem)
-
     def of(self, *names: str) -> tuple[str, ...]:
         """New names of old values."""
         return tuple(self.moved[n] for n in names)
@@ -203,4 +199,4 @@ def inline(builder: Builder, body: Graph, inputs: Iterable[str]) -> tuple[str, .
     return tuple(moved[o] for o in body.outputs)
 
 
-__all__ = ["Builder", "Rewriter", "Step", "inline", "replace", "rewrite"]
+__all__ = ["Builder", "Rewriter", "Step", "inline", "rewrite"]

@@ -29,12 +29,9 @@ def violation(weight: Array, encoding: Encoding) -> str:
     if isinstance(encoding, NM):
         return _nm_violation(weight, encoding)
     if isinstance(encoding, Unstructured) and encoding.count:
-        nm = NM(min(encoding.count, 64), 64, -1) if encoding.per > 64 else NM(encoding.count, encoding.per, -1)
-        if encoding.per <= 64:
-            return _nm_violation(weight, nm)
-        flat = np.moveaxis(weight, -1, -1) != 0
-        chunks = [flat[..., i : i + encoding.per].sum(-1).max() for i in range(0, flat.shape[-1], encoding.per)]
-        return "" if max(chunks, default=0) <= encoding.count else f"more than {encoding.count} non-zeros in a block"
+        kept, per = weight != 0, encoding.per
+        most = max((int(kept[..., i : i + per].sum(-1).max()) for i in range(0, kept.shape[-1], per)), default=0)
+        return "" if most <= encoding.count else f"{most} non-zeros in {per}, at most {encoding.count} allowed"
     if isinstance(encoding, Codebook):
         count = len(np.unique(weight))
         return "" if count <= encoding.entries else f"{count} distinct values, at most {encoding.entries} allowed"

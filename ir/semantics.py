@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from bitwright.ir import ops
 from bitwright.ir.semantics_index import INDEX_MEANING
-from bitwright.ir.types import BF16, F16, F64, DType
+from bitwright.ir.types import BF16, DType
 
 Tensor = torch.Tensor
 Meaning = Callable[..., "Tensor | tuple[Tensor, ...]"]
@@ -380,7 +380,7 @@ MEANING: dict[type[ops.Op], Meaning] = {
     **INDEX_MEANING,
 }  # fmt: skip
 
-__all__ = ["BINARY", "F16", "F64", "MEANING", "REDUCE", "UNARY", "Meaning", "torch_dtype"]
+__all__ = ["BINARY", "MEANING", "REDUCE", "UNARY", "Meaning", "torch_dtype"]
 
 
 def apply(op: ops.Op, *xs: Any) -> tuple[Tensor, ...]:

@@ -79,16 +79,17 @@ class Target:
         return max((r.ops_per_second for r in self.rates if (r.x, r.w) == (x, w)), default=0.0)
 
     def sparse_gain(self, x: DType, pattern: NM) -> float:
-        """Expected speed over dense of a pattern.
+        """Expected speed over dense of a pattern, counted in elements as the kernels see it (blocks multiplied out).
 
-        A pattern that is not declared is expected to reach the smallest share of its ideal group/keep that any
+        A pattern that is not declared is expected to reach the share of its ideal group/keep that the nearest
         declared one of this format reaches; 0.0 when none is declared.
         """
+        keep, group = pattern.keep * pattern.block, pattern.group * pattern.block
         same = [s for s in self.sparse if s.x == x]
-        for s in same:
-            if (s.keep, s.group) == (pattern.keep, pattern.group):
-                return s.gain
-        return min((s.gain * s.keep / s.group for s in same), default=0.0) * pattern.group / pattern.keep
+        if not same:
+            return 0.0
+        near = min(same, key=lambda s: (abs(s.group - group), abs(s.keep - keep)))
+        return near.gain * near.keep / near.group * group / keep
 
     @property
     def fingerprint(self) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from bitwright.ir.errors import InvalidInput, did_you_mean
 from bitwright.ir.graph import LEVELS, Graph, Node, Value
 from bitwright.ir.ops import Op, Region, spellings
-from bitwright.ir.types import DType, TensorType, parse_dtype, parse_type
+from bitwright.ir.types import parse_dtype, parse_type
 from bitwright.ir.weights import Weights
 
 _PLAIN = re.compile(r"[A-Za-z_0-9.$]+")
@@ -197,4 +197,4 @@ def parse(text: str, weights: Weights | None = None) -> Graph:
     return graph
 
 
-__all__ = ["DType", "TensorType", "parse", "show", "show_node"]
+__all__ = ["parse", "show", "show_node"]

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from bitwright.ir import ops
+from bitwright.ir import work
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
+from bitwright.ir.infer import bind_graph
 from bitwright.ir.interpret import bind_symbols, evaluate
-from bitwright.ir.types import bind_dim
 from bitwright.passes._pass import Batch, Pass
 
 if TYPE_CHECKING:
@@ -37,16 +37,8 @@ def macs(graph: Graph, batch: Batch) -> int:
     """Multiply-accumulates of the contractions for one batch."""
     names = [v.name for v in graph.inputs]
     arrays = [batch[n] for n in names] if isinstance(batch, Mapping) else list(batch)
-    sizes = bind_symbols(graph, [tuple(a.shape) for a in arrays])
-    total = 0
-    for n in graph.nodes:
-        if isinstance(n.op, (*ops.CONTRACTION, ops.Attention)):
-            shape = graph.types[n.inputs[1]].shape
-            inner = shape[-1] if isinstance(n.op, (ops.Linear, ops.IntLinear, ops.Attention)) else shape[-2]
-            if len(shape) > 2 and not isinstance(n.op, (ops.MatMul, ops.IntMatMul, ops.Attention)):
-                inner = math.prod(int(d) for d in shape[1:] if isinstance(d, int))
-            total += math.prod(int(bind_dim(d, sizes)) for d in n.type.shape) * int(bind_dim(inner, sizes))
-    return total
+    bound = bind_graph(graph, bind_symbols(graph, [tuple(a.shape) for a in arrays]))
+    return sum(work.macs(n, bound) for n in bound.nodes)
 
 
 class OutputError:

@@ -187,3 +187,12 @@ def test_the_portable_level_runs_two_of_four_dense(recipe: str) -> None:
 def test_masks_chosen_by_name() -> None:
     program = compiled(perceptron(), rows(), "nm-mask{pattern=2:4 except=0}, int8")
     assert [row.pattern for row in weighted(program)] == ["", "nm<2:4, axis=1>"]
+
+
+@pytest.mark.parametrize("recipe", ["nm-mask{pattern=2:4 block=4}, int8", "nm-mask{pattern=2:4 shared=4}, int8"])
+def test_masks_of_blocks_and_shared_masks_reach_the_kernels(recipe: str) -> None:
+    """The kernels multiply blocks out and run shared patterns as free ones; packing checks the values."""
+    x = rows()
+    program = compiled(perceptron(), x, recipe, VBMI if BEST.name == VBMI else "x86-avx2")
+    assert all("kernel, expected" in row.reason for row in weighted(program))
+    assert bw.verify(program, bw.capture(perceptron(), (x,)), [x.numpy()]).first_bad == ""

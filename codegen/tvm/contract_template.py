@@ -140,10 +140,10 @@ def _with_pattern(
     nm = declared.encoding
     if weight is None or not isinstance(nm, NM):
         return spec, "dense weights" if weight is not None else "both operands are computed"
-    label = f"{nm.keep}:{nm.group}"
+    label = f"{nm.keep}:{nm.group}" + (f" of blocks of {nm.block}" if nm.block > 1 else "")
     if nm.axis % declared.rank != 1:
         return spec, f"runs dense: {label} lies along axis {nm.axis}, not along the reduction"
-    sparse = replace(spec, pattern=NM(nm.keep, nm.group, 1))
+    sparse = replace(spec, pattern=NM(nm.keep, nm.group, 1, block=nm.block))
     if why := contract.supports(sparse, target.isa):
         return spec, f"runs dense: no {label} kernel here ({why})"
     gain = target.sparse_gain(spec.input_dtype, nm)

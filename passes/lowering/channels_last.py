@@ -58,8 +58,7 @@ class _Layout(Rewriter):
     def plain(self, old: str) -> str:
         if old not in self.moved:
             node = self.graph.producers[old]
-            if self.types.get(old, ...) is None:
-                del self.types[old]
+            self.free(node)
             self.moved[old] = self.emit(ops.Transpose(TO_FIRST), self.last[old], name=old, origin=node.origin)
         return self.moved[old]
 

@@ -46,7 +46,6 @@ def _fold(rw: Rewriter, node: Node) -> bool | None:
     if isinstance(node.op, ops.Transpose):
         array = array.transpose(node.op.perm)
     result = np.ascontiguousarray(array.reshape(node.type.static_shape))
-    if rw.types.get(node.output, ...) is None:
-        del rw.types[node.output]
+    rw.free(node)
     rw.replace(node, rw.constant(result, node.type, name=node.output, origin=node.origin))
     return True

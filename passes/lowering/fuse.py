@@ -90,8 +90,7 @@ def _keep_source(rw: Rewriter, node: Node) -> None:
     if isinstance(node.op, ops.Constant):
         array = rw.graph.constant(node.output)
         assert array is not None
-        if rw.types.get(node.output, ...) is None:
-            del rw.types[node.output]
+        rw.free(node)
         rw.replace(node, rw.weight(f"literal.{node.output}", array, node.type, name=node.output, origin=node.origin))  # type: ignore[arg-type]
     else:
         rw.keep(node)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from bitwright.codegen.cost import cost_of, macs
+from bitwright.codegen.cost import cost_of
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node, Value, subgraph
 from bitwright.ir.infer import bind_graph
 from bitwright.ir.target import Target
 from bitwright.ir.types import NM, S8, S32
+from bitwright.ir.work import macs
 
 PATTERNS = ((2, 4), (4, 8), (2, 8), (2, 16))
 

@@ -14,7 +14,7 @@ import numpy as np
 from bitwright._version import __version__
 from bitwright.codegen.build import Built, Kernel, build, nbytes_of
 from bitwright.codegen.cache import Cache
-from bitwright.codegen.cost import cost_of, macs
+from bitwright.codegen.cost import cost_of
 from bitwright.codegen.targets.machine import cpu_name
 from bitwright.comparison import results_of
 from bitwright.errors_by_layer import layer_errors
@@ -27,6 +27,7 @@ from bitwright.ir.patterns import density
 from bitwright.ir.target import Target
 from bitwright.ir.text import show
 from bitwright.ir.types import symbols_of
+from bitwright.ir.work import macs
 from bitwright.pipeline import Lowered, lower
 from bitwright.runtime.artifact import Contents
 from bitwright.runtime.manifest import Manifest, Result, StepRow, TensorSpec

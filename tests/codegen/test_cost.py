@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from bitwright.codegen.cost import cost_of, macs
+from bitwright.codegen.cost import cost_of
 from bitwright.codegen.targets import BUILTIN
 from bitwright.ir.graph import Graph
 from bitwright.ir.text import parse
+from bitwright.ir.types import F32, NM, S8, U8
+from bitwright.ir.work import macs
 
 LINEAR = """
 graph @body (%x: u8[128, 768], %w: s8[3072, 768]{pattern}) -> (y = %y) level=integer {{
@@ -50,3 +52,12 @@ def test_a_gathered_table_costs_the_rows_that_are_read() -> None:
         "}\n"
     )
     assert cost_of(body, TARGET).bytes == 2 * 8 * 64 * 4 + 8 * 8
+
+
+def test_gains_are_declared_ones_or_the_nearest_share() -> None:
+    avx2 = BUILTIN["x86-avx2"]
+    declared = {(str(s.x), s.keep, s.group): s.gain for s in avx2.sparse}
+    assert avx2.sparse_gain(F32, NM(4, 16, 1)) == pytest.approx(declared["f32", 4, 16])
+    assert avx2.sparse_gain(F32, NM(1, 4, 1, block=4)) == pytest.approx(declared["f32", 4, 16])  # the same elements
+    assert avx2.sparse_gain(U8, NM(8, 16, 1)) == pytest.approx(declared["u8", 4, 16] / 2)
+    assert avx2.sparse_gain(S8, NM(2, 4, 1)) == 0.0

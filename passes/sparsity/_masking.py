@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,10 +22,16 @@ CONTRACTIONS = (ops.Linear, ops.Conv, ops.MatMul, ops.ConvTranspose)
 
 
 class MaskingPass(Pass):
-    """Masks the constant weights of chosen contractions along their reduction axis."""
+    """Masks the constant weights of chosen contractions along their reduction axis.
+
+    ``facts["dense"]`` maps the key of each masked weight to the :class:`Handle` of its values before any mask.
+    """
+
+    establishes: ClassVar[tuple[str, ...]] = ("dense",)
 
     def mask_layers(self, graph: Graph, context: Context, only: str, except_: str, skip_first: bool = False) -> Graph:
         """Mask every selected layer, or refuse it with the reason."""
+        context.facts.setdefault("dense", {})
         layers = [n for n in graph.nodes if isinstance(n.op, CONTRACTIONS)]
         wanted = [n for n in layers if selected(only, except_, graph, n)]
         if not wanted:
@@ -55,11 +62,15 @@ class MaskingPass(Pass):
 
     @abstractmethod
     def encoding(self, axis: int) -> NM:
-        """What the masked weight obeys."""
+        """What a masked weight obeys when every layer gets the same pattern."""
+
+    def choose(self, weight: Array, axis: int, name: str) -> NM | str:
+        """The pattern of one layer, whose weight is called ``name``, or the reason to leave the layer alone."""
+        return self.encoding(axis)
 
     @abstractmethod
-    def mask(self, weight: Array, axis: int, name: str) -> Array:
-        """True where a weight is kept."""
+    def mask(self, weight: Array, encoding: NM, name: str) -> Array:
+        """True where an element is kept, by the magnitudes of ``weight``; the result obeys ``encoding``."""
 
     def _axis(self, node: Node) -> int:
         return 0 if isinstance(node.op, ops.MatMul) and not node.op.transpose_b else 1
@@ -81,9 +92,9 @@ class MaskingPass(Pass):
             return "depthwise convolution has no reduction over channels" if depthwise else "grouped convolution"
         if weight.type.rank < 2 or (isinstance(node.op, ops.MatMul) and weight.type.rank != 2):
             return f"weight of rank {weight.type.rank}"
-        nm = self.encoding(self._axis(node))
-        if weight.type.encoding == nm:
-            return ""
+        nm = self._encoding(graph, node)
+        if isinstance(nm, str) or weight.type.encoding == nm:
+            return nm if isinstance(nm, str) else ""
         size, span = weight.type.static_shape[nm.axis], nm.group * nm.block
         what = "input channels" if isinstance(node.op, ops.Conv) else "inputs"
         if size % span:
@@ -92,18 +103,30 @@ class MaskingPass(Pass):
             return f"{weight.type.static_shape[0]} outputs are not a multiple of shared={nm.shared}"
         return ""
 
+    def _encoding(self, graph: Graph, node: Node) -> NM | str:
+        handle = graph.handle(node.inputs[1])
+        assert handle is not None
+        return self.choose(handle.array, self._axis(node), layer_of(graph, node))
+
     def _masked(self, rw: Rewriter, node: Node, context: Context) -> str:
-        weight, encoding = rw.graph.producers[node.inputs[1]], self.encoding(self._axis(node))
+        weight, encoding = rw.graph.producers[node.inputs[1]], self._encoding(rw.graph, node)
         assert isinstance(weight.op, ops.Weight)
+        assert isinstance(encoding, NM)
         if weight.type.encoding == encoding:
             return rw.of(node.inputs[1])[0]
-        array, key = rw.graph.weights[weight.op.ref].array, stem(weight.op.ref)
-        masked = np.where(self.mask(array, encoding.axis, weight.op.ref), array, np.zeros((), array.dtype))
-        kept, pattern = kept_magnitude(array, masked), f"{encoding.keep}:{encoding.group}"
+        handle, key = rw.graph.weights[weight.op.ref], stem(weight.op.ref)
+        array = handle.array
+        masked = np.where(self.mask(array, encoding, weight.op.ref), array, np.zeros((), array.dtype))
         context.remark(
-            self.name, layer_of(rw.graph, node), pattern=pattern, kept_magnitude=round(kept, 4), axis=encoding.axis
-        )
-        return rw.weight(key, masked, weight.type.with_encoding(encoding), name=key, origin=weight.origin)
+            self.name, layer_of(rw.graph, node), pattern=f"{encoding.keep}:{encoding.group}",
+            kept_magnitude=round(kept_magnitude(array, masked), 4),
+            kept_unstructured=round(kept_unstructured(array, int(np.count_nonzero(masked))), 4), axis=encoding.axis,
+        )  # fmt: skip
+        new = rw.weight(key, masked, weight.type.with_encoding(encoding), name=key, origin=weight.origin)
+        made, dense = rw.defined_by[new].op, context.facts["dense"]
+        assert isinstance(made, ops.Weight)
+        dense[made.ref] = dense.get(weight.op.ref, handle)
+        return new
 
     def _check_gain(self, context: Context) -> None:
         if context.target is None:
@@ -114,3 +137,11 @@ class MaskingPass(Pass):
             expected = ", ".join(f"{g:.2f}x for {d}" if g else f"no kernel for {d}" for d, g in gains.items())
             why = f"{nm.keep}:{nm.group} does not pay on this target ({expected}); masks were applied as asked"
             context.refuse(self.name, f"target {context.target.name}", why, "choose a pattern the target lists")
+
+
+def kept_unstructured(weight: Array, kept: int) -> float:
+    """Sum of the ``kept`` largest magnitudes over the sum of all: what no pattern of that density can exceed."""
+    a = np.abs(weight.astype(np.float64).reshape(-1))
+    total = float(a.sum())
+    cut = a.size - min(kept, a.size)
+    return float(np.partition(a, cut)[cut:].sum()) / total if total and cut < a.size else float(not total)

@@ -46,5 +46,6 @@ class NMMask(MaskingPass):
     def encoding(self, axis: int) -> NM:
         return self.pattern.along(axis, self.shared, self.block)
 
-    def mask(self, weight: Array, axis: int, name: str) -> Array:
-        return nm_mask_array(weight, self.pattern.keep, self.pattern.group, axis, self.shared, self.block, name)
+    def mask(self, weight: Array, encoding: NM, name: str) -> Array:
+        e = encoding
+        return nm_mask_array(weight, e.keep, e.group, e.axis, e.shared, e.block, name)

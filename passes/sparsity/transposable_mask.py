@@ -50,10 +50,10 @@ class TransposableMask(MaskingPass):
     def encoding(self, axis: int) -> NM:
         return replace(self.pattern.along(axis), transposable=True)
 
-    def mask(self, weight: Array, axis: int, name: str) -> Array:
+    def mask(self, weight: Array, encoding: NM, name: str) -> Array:
         from bitwright.ir.interpret import to_torch
 
-        p, (rows, columns) = self.pattern, weight.shape[:2]
+        p, (rows, columns) = encoding, weight.shape[:2]
         taps = np.moveaxis(weight.reshape(rows, columns, -1), -1, 0)
         kept = [transposable_mask(to_torch(t), p.keep, p.group, self.method, name).numpy() for t in taps]
         out: Array = np.stack(kept, -1).reshape(weight.shape)

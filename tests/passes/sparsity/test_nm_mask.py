@@ -14,6 +14,7 @@ from bitwright.ir.patterns import violation
 from bitwright.ir.target import Rate, SparseRate, Target
 from bitwright.ir.types import F32, S8, S32, U8
 from bitwright.passes import Context
+from bitwright.passes.sparsity._masking import kept_unstructured
 from bitwright.passes.sparsity.masks import Pattern
 from bitwright.passes.sparsity.nm_mask import NMMask
 
@@ -101,7 +102,8 @@ def test_remark_tells_what_was_kept(read: Read) -> None:
     """, {"w": np.zeros(0), "fc.weight": np.array([[1.0, -4.0, 3.0, 2.0]], np.float32)})  # fmt: skip
     context = Context()
     after = NMMask().run(graph, context)
-    assert context.remarks == [("nm-mask", "fc", {"pattern": "2:4", "kept_magnitude": 0.7, "axis": 1})]
+    told = {"pattern": "2:4", "kept_magnitude": 0.7, "kept_unstructured": 0.7, "axis": 1}
+    assert context.remarks == [("nm-mask", "fc", told)]
     assert after.weights["fc.weight.1"].array.tolist() == [[0.0, -4.0, 3.0, 0.0]]
 
 
@@ -192,3 +194,29 @@ def test_meaning_zeros_are_where_the_mask_is_and_the_rest_is_untouched(read: Rea
     weight = after.weights["fc.weight.1"].array
     assert np.array_equal(weight[weight != 0], before[weight != 0])
     assert violation(weight, p.pattern.along(1)) == ""
+
+
+def test_the_dense_values_stay_known_through_a_second_mask(read: Read) -> None:
+    graph = read("""
+        graph @g (%x: f32[2, 16]) -> (y = %y) level=graph {
+          %w = weight {ref="fc.weight"} : f32[8, 16]
+          %y = linear(%x, %w) : f32[2, 8]
+        }
+    """)
+    context = Context()
+    once = NMMask(Pattern(2, 4)).run(graph, context)
+    (first,) = once.used_weights()
+    assert context.facts["dense"] == {first: graph.weights["fc.weight"]}
+    twice = NMMask(Pattern(1, 8)).run(once.drop_dead(), context)
+    (second,) = twice.used_weights()
+    assert context.facts["dense"][second] is graph.weights["fc.weight"]
+    NMMask(only="nothing").run(graph, none := Context())
+    assert none.facts["dense"] == {}
+
+
+def test_the_unstructured_optimum_is_an_upper_bound_by_sorting(read: Read) -> None:
+    weight = np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)
+    largest = np.sort(np.abs(weight).astype(np.float64).ravel())[::-1]
+    for kept in (0, 1, 100, 256):
+        assert kept_unstructured(weight, kept) == pytest.approx(largest[:kept].sum() / largest.sum())
+    assert kept_unstructured(np.zeros((2, 4)), 3) == 1.0

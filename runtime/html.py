@@ -192,6 +192,36 @@ def formats_text(f: Formats) -> str:
     return " → ".join(t for t in (left, f.acc, f.out) if t)
 
 
+def kept_text(x: Layer, *, long: bool = False) -> str:
+    """Share of the weights' magnitude that a mask kept, and of what an unstructured mask of the same count keeps."""
+    kept, best = x.figure("kept_magnitude"), x.figure("kept_unstructured")
+    if kept is None:
+        return ""
+    share = f"{100 * kept:.1f} %"
+    if not best:
+        return share
+    ratio = f"{100 * kept / best:.1f} %"
+    return f"{share}; {ratio} of what any mask of so many weights can keep" if long else f"{share} ({ratio} of best)"
+
+
+def rebuilt_text(x: Layer) -> str:
+    """Error of a masked layer's result before and after its weights were reconstructed."""
+    before, after = x.figure("error_before"), x.figure("error_after")
+    if before is None or after is None:
+        return ""
+    return f"{units.percent(before)} → {units.percent(after)}"
+
+
+def _mask_text(x: Layer) -> str:
+    kept = kept_text(x)
+    parts = [
+        units.percent(x.density) + " kept" if x.density is not None and x.pattern else "",
+        f"magnitude {kept}" if kept else "",
+        f"error {text}" if (text := rebuilt_text(x)) else "",
+    ]
+    return " · ".join(p for p in parts if p)
+
+
 def _layers(layers: Sequence[Layer]) -> str:
     if not layers:
         return ""
@@ -209,7 +239,6 @@ def _layers(layers: Sequence[Layer]) -> str:
 def _layer_row(x: Layer) -> str:
     style = plots.family(x)
     mask = f'<span class="chip {style}">{escape(x.pattern)}</span>' if x.pattern else ""
-    density = units.percent(x.density) + " kept" if x.density is not None and x.pattern else ""
     below = " · ".join(t for t in (x.op.replace("+", " + "), x.name, plots.place(x)) if t and t != plots.title(x))
     why = " · ".join([x.reason, *x.notes] if x.reason else x.notes)
     formats = f'<span class="chip {style}">{escape(text)}</span>' if (text := formats_text(x.formats)) else ""
@@ -217,7 +246,7 @@ def _layer_row(x: Layer) -> str:
         _cell(escape(plots.title(x)), sort=plots.title(x), cls="name", small=below),
         _cell(f"<code>{escape(' x '.join(map(str, x.shape)))}</code>" if x.shape else "", sort=x.operations, cls="nw"),
         _cell(formats, sort=text),
-        _cell(mask, sort=x.pattern, small=density),
+        _cell(mask, sort=x.pattern, small=_mask_text(x)),
         _cell(f"<code>{escape(x.kernel)}</code>" if x.kernel else "", sort=x.kernel, small=why),
         _number(units.size(x.bytes), x.bytes),
         _number(units.seconds(x.predicted_seconds), x.predicted_seconds),

@@ -33,6 +33,8 @@ class Layer(_Row):
 
     ``reason``: why this kernel, or why not sparse. ``share_of_limit``: measured speed over what the machine
     could do (0 to 1). ``error``: relative error of its result against float. None: not known or not measured.
+    ``weight``: the layer's name by its weight, as passes and refusals call it. ``figures``: numbers that passes
+    remarked about it, as "pass.figure", such as "nm-mask.kept_magnitude" or "reconstruct.error_after".
     """
 
     name: str
@@ -51,7 +53,14 @@ class Layer(_Row):
     measured_seconds: float | None = None
     share_of_limit: float | None = None
     error: float | None = None
+    weight: str = ""
+    figures: dict[str, float] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
+
+    def figure(self, name: str) -> float | None:
+        """The number of that name from the last pass that remarked one; None when no pass did."""
+        found = [value for key, value in self.figures.items() if key.rpartition(".")[2] == name]
+        return found[-1] if found else None
 
 
 class PassRow(_Row):

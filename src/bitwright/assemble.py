@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -224,9 +226,9 @@ def _report(graph: Graph, target: Target, built: Built, done: Lowered, errors: d
         )
         for r in passes.rows
     ]  # fmt: skip
-    remarks: dict[str, list[str]] = {}
+    remarks: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, place, facts in passes.remarks:
-        remarks.setdefault(place, []).append(f"{name}: " + ", ".join(f"{k} {_short(v)}" for k, v in facts.items()))
+        remarks.setdefault(place, []).append((name, facts))
     layers = [_layer(k, built.graph, target, errors, remarks) for k in built.kernels]
     seen = [Refusal(pass_name=r.pass_name, place=r.place, reason=r.reason, cure=r.cure) for r in passes.refusals]
     return Report(
@@ -237,11 +239,21 @@ def _report(graph: Graph, target: Target, built: Built, done: Lowered, errors: d
     )  # fmt: skip
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _layer(k: Kernel, graph: Graph, target: Target, errors: dict[str, float], remarks: dict[str, list[str]]) -> Layer:
+def _layer(
+    k: Kernel,
+    graph: Graph,
+    target: Target,
+    errors: dict[str, float],
+    remarks: dict[str, list[tuple[str, dict[str, Any]]]],
+) -> Layer:
     """The report row of one kernel."""
     assert isinstance(k.node.op, ops.Region)
     body = k.node.op.body
@@ -251,7 +263,7 @@ def _layer(k: Kernel, graph: Graph, target: Target, errors: dict[str, float], re
     cost = cost_of(
         body, target, generic=k.template == "generic", sparse=not k.reason.startswith(("dense", "runs dense"))
     )
-    formats, pattern, kept = Formats(out=str(body.types[body.outputs[0]].dtype)), "", None
+    formats, pattern, kept, weight = Formats(out=str(body.types[body.outputs[0]].dtype)), "", None, ""
     notes = [
         f"{t}: {why}"
         for t, why in k.refused
@@ -267,14 +279,19 @@ def _layer(k: Kernel, graph: Graph, target: Target, errors: dict[str, float], re
         outer = dict(zip((v.name for v in body.inputs), k.node.inputs, strict=True)).get(root.inputs[1])
         array = graph.constant(outer) if outer is not None else None
         kept = density(array) if isinstance(array, np.ndarray) else None
-    for n in heads:
-        for key in (n.output, n.origin, *(i for i in n.inputs)):
-            notes += [r for r in remarks.get(key, []) if r not in notes] if key else []
+        source = graph.producers.get(outer) if outer is not None else None
+        weight = re.sub(r"\.weight(\.\d+)?$", "", source.op.ref) if source and isinstance(source.op, ops.Weight) else ""
+    told: list[tuple[str, dict[str, Any]]] = []
+    for key in dict.fromkeys((weight, *(x for n in heads for x in (n.output, n.origin, *n.inputs)))):
+        told += [r for r in remarks.get(key, []) if r not in told] if key else []
+    figures = {f"{name}.{key}": float(v) for name, facts in told for key, v in facts.items() if _is_number(v)}
+    notes += [f"{name}: " + ", ".join(f"{k} {_short(v)}" for k, v in facts.items()) for name, facts in told]
     error = next((errors[p] for n in reversed(heads) for o in n.outputs for p in _names(o) if p in errors), None)
     return Layer(
         name=k.node.output, op=label, origin=origin, shape=k.node.type.shape, formats=formats, pattern=pattern,
         density=kept, kernel=k.template, reason=k.reason, bytes=cost.bytes, operations=cost.operations,
-        predicted_seconds=cost.seconds, limit_seconds=cost.limit, error=error, notes=notes,
+        predicted_seconds=cost.seconds, limit_seconds=cost.limit, error=error, weight=weight, figures=figures,
+        notes=notes,
     )  # fmt: skip
 
 

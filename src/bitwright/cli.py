@@ -188,18 +188,22 @@ def verify(
     model: Model,
     input: Annotated[Path, typer.Option("--input", "-i", help=".npz with real inputs by name.")],
     bound: Annotated[float | None, typer.Option(min=0.0, help="Relative error a layer may have.")] = None,
+    calibrate: Calibration = None,
 ) -> None:
     """Compare a program with the reference, layer by layer; names the first bad one and exits with 1.
 
     The reference is the same compilation run by the interpreter; the table also shows how far each layer is from the
-    model before anything was pruned or rounded.
+    model before anything was pruned or rounded. A program whose passes computed weights from calibration data needs
+    that data again.
     """
     from bitwright import cli_io, cli_show, driver
+    from bitwright.comparison import BOUND
 
     loaded, graph = _program(program), _load(model)
     arrays = cli_io.named(cli_io.load_arrays(input), [v.name for v in graph.inputs], str(input))
     chunk = cli_io.first_chunk(arrays, loaded)
-    result = driver.verify(loaded, graph, chunk) if bound is None else driver.verify(loaded, graph, chunk, bound=bound)
+    data = _calibration(calibrate, graph)
+    result = driver.verify(loaded, graph, chunk, bound=BOUND if bound is None else bound, calibration=data)
     cli_show.console().print(cli_show.comparison(result))
     cli_show.console().print(
         f"first bad layer: {result.first_bad}" if result.first_bad else "every layer agrees with the reference",

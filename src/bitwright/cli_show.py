@@ -13,7 +13,7 @@ from rich.text import Text
 
 from bitwright.ir.errors import InvalidInput, did_you_mean
 from bitwright.runtime import units
-from bitwright.runtime.html import formats_text
+from bitwright.runtime.html import formats_text, kept_text, rebuilt_text
 from bitwright.runtime.plots import FAMILIES, family, pass_text, title
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def layers(report: Report) -> Table:
         ("shape", [shape_text(x.shape) if x.shape else "" for x in rows]),
         ("formats", [formats_text(x.formats) for x in rows]),
         ("mask", [_short_pattern(x.pattern) for x in rows]),
+        (">magnitude kept", [kept_text(x) for x in rows]),
+        (">layer error", [rebuilt_text(x) for x in rows]),
         ("kernel", [x.kernel for x in rows]),
         (">bytes", [units.size(x.bytes) for x in rows]),
         (">predicted", [units.seconds(x.predicted_seconds) for x in rows]),
@@ -76,9 +78,10 @@ def _short_pattern(pattern: str) -> str:
 def reasons(report: Report) -> Table:
     """Why the layers are as they are: each distinct reason once, with the layers it holds for."""
     groups: dict[str, list[str]] = {}
+    remarks = tuple(f"{p.name}: " for p in report.passes)  # figures of one layer each: `--why LAYER` shows them
     for x in report.layers:
         for text in (x.reason, *x.notes):
-            if text:
+            if text and not text.startswith(remarks):
                 groups.setdefault(text, []).append(title(x))
     shown = ((text, str(len(names)), _listed(list(dict.fromkeys(names)))) for text, names in groups.items())
     return table(["reason", ">layers", "which"], shown, title="Why")
@@ -150,6 +153,8 @@ def layer_story(report: Report, layer: Layer) -> Table:
         ("result", shape_text(layer.shape)),
         ("formats", formats_text(layer.formats)),
         ("mask", f"{layer.pattern}, {units.percent(layer.density)} kept" if layer.pattern else "none"),
+        ("magnitude kept", kept_text(layer, long=True)),
+        ("error of the masked layer", rebuilt_text(layer)),
         ("kernel", layer.kernel),
         ("why", layer.reason),
         *(("note", n) for n in layer.notes),
@@ -162,7 +167,7 @@ def layer_story(report: Report, layer: Layer) -> Table:
         ("error", units.percent(layer.error)),
     ]
     for r in report.refusals:
-        if r.place == layer.name:
+        if r.place in (layer.name, layer.weight):
             facts.append((f"refused by {r.pass_name}", r.reason + (f"; to go on: {r.cure}" if r.cure else "")))
     out = Table(box=None, show_header=False, pad_edge=False, title=layer.name, title_justify="left", title_style="bold")
     for name, value in facts:
@@ -230,9 +235,9 @@ def pass_story(report: Report, name: str | None, diff: bool) -> None:
 
 def find_layer(report: Report, name: str) -> Layer:
     """The layer of that name or module path, or the only one that holds it; raises :class:`InvalidInput`."""
-    names = [n for x in report.layers for n in (x.name, title(x))]
-    exact = [x for x in report.layers if name in (x.name, title(x))]
-    found = exact or [x for x in report.layers if name in x.name or name in title(x)]
+    names = [n for x in report.layers for n in (x.name, title(x), x.weight) if n]
+    exact = [x for x in report.layers if name in (x.name, title(x), x.weight)]
+    found = exact or [x for x in report.layers if any(name in n for n in (x.name, title(x), x.weight))]
     if len(found) == 1:
         return found[0]
     if found:

@@ -53,19 +53,24 @@ class Comparison:
 
 
 def verify_program(
-    program: Program, graph: Graph, inputs: Mapping[str, Any] | Sequence[Any], bound: float = BOUND
+    program: Program,
+    graph: Graph,
+    inputs: Mapping[str, Any] | Sequence[Any],
+    bound: float = BOUND,
+    calibration: Sequence[Any] = (),
 ) -> Comparison:
     """Compare every value of a program with the reference, and with the captured model ``graph``.
 
     The compilation is repeated on ``graph`` with the recorded passes and calibration facts, and its kernel-level
-    form runs in the interpreter. ``inputs``: one chunk of the batch. Raises :class:`InvalidInput` when the model is
-    not the one the program was made from.
+    form runs in the interpreter. ``inputs``: one chunk of the batch. ``calibration``: what the program was compiled
+    with, where its passes computed weights from data. Raises :class:`InvalidInput` when the model is not the one the
+    program was made from.
     """
     names = [v.name for v in graph.inputs]
     arrays = [np.ascontiguousarray(inputs[n]) for n in names] if isinstance(inputs, Mapping) else list(inputs)
     if tuple(names) != program.input_names:
         raise InvalidInput(f"the program takes inputs {list(program.input_names)}, the model {names}")
-    lowered = _repeat(program, graph)
+    lowered = _repeat(program, graph, calibration)
     steps = [s for s in program.manifest.steps if s.result is not None]
     want = _values(lowered, arrays, {s.label for s in steps})
     if any(s.label not in want for s in steps):
@@ -96,7 +101,7 @@ def _values(graph: Graph, inputs: list[Any], wanted: set[str]) -> dict[str, np.n
     return values
 
 
-def _repeat(program: Program, graph: Graph) -> Graph:
+def _repeat(program: Program, graph: Graph, calibration: Sequence[Any]) -> Graph:
     """The kernel-level graph the program was built from: the recorded passes with the recorded facts."""
     from bitwright.codegen.build import select
     from bitwright.codegen.targets import resolve
@@ -106,8 +111,10 @@ def _repeat(program: Program, graph: Graph) -> Graph:
 
     report = program.report
     target = resolve(report.target or "host", calibrate=False)
-    passes = [p for p in parse_passes(report.pipeline) if not p.establishes]
-    context = Context(target, facts={k: {n: tuple(r) for n, r in v.items()} for k, v in report.facts.items()})
+    known = set(report.facts)
+    passes = [p for p in parse_passes(report.pipeline) if not p.establishes or not known.issuperset(p.establishes)]
+    facts = {k: {n: tuple(r) for n, r in v.items()} for k, v in report.facts.items()}
+    context = Context(target, calibration, facts=facts)
     lowered, _ = run_pipeline(graph, passes, context, crash_dir=None)
     rows = program.manifest.chunks[0]
     bound = bind_graph(lowered, dict.fromkeys(graph.symbols, rows)) if graph.symbols else lowered

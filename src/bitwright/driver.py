@@ -216,13 +216,25 @@ def onnx_executor(graph: Graph) -> Callable[[Sequence[Any]], list[Any]]:
 
 
 def verify(
-    program: Program | str | Path, model: Any, inputs: Any, *, bound: float | None = None, example_inputs: Any = None
+    program: Program | str | Path,
+    model: Any,
+    inputs: Any,
+    *,
+    bound: float | None = None,
+    example_inputs: Any = None,
+    calibration: Any = None,
 ) -> Any:
-    """Compare a program with the model it was made from, layer by layer; see :mod:`bitwright.comparison`."""
+    """Compare a program with the model it was made from, layer by layer; see :mod:`bitwright.comparison`.
+
+    ``calibration``: the data the program was compiled with; needed when a pass computed weights from it.
+    """
+    from bitwright.assemble import fit_batches
     from bitwright.comparison import BOUND, verify_program
 
     loaded = program if isinstance(program, Program) else load(program)
-    return verify_program(loaded, to_graph(model, example_inputs), inputs, BOUND if bound is None else bound)
+    graph = to_graph(model, example_inputs)
+    data = fit_batches(graph, batches(calibration))
+    return verify_program(loaded, graph, inputs, BOUND if bound is None else bound, data)
 
 
 def advise(model: Any, target: str | Target = "host", *, batch: int = 1, example_inputs: Any = None) -> list[Any]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bitwright.ir.graph import Graph
     from bitwright.ir.target import Target
     from bitwright.runtime.program import Program
+    from bitwright.training import sparse_training
 
 _LAZY = {
     **{
@@ -26,6 +27,7 @@ _LAZY = {
     "Graph": "bitwright.ir.graph",
     "Target": "bitwright.ir.target",
     "Program": "bitwright.runtime.program",
+    "sparse_training": "bitwright.training",
 }
 
 
@@ -53,5 +55,6 @@ __all__ = [
     "load_graph",
     "load_onnx",
     "optimize",
+    "sparse_training",
     "verify",
 ]

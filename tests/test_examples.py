@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,17 @@ def run_example(name: str, *arguments: str, cwd: Path) -> str:
 @pytest.mark.parametrize("name", ["quickstart.py", "torch_compile.py"])
 def test_example_runs(name: str, tmp_path: Path) -> None:
     assert run_example(name, cwd=tmp_path)
+
+
+def test_sparse_training_ends_in_sparse_kernels_with_the_accuracy_kept(tmp_path: Path) -> None:
+    out = run_example("sparse_training.py", cwd=tmp_path)
+    accuracy = dict(
+        re.findall(r"^(dense|masked without training|sparse|compiled): accuracy ([0-9.]+)", out, re.MULTILINE)
+    )
+    assert float(accuracy["sparse"]) > float(accuracy["dense"]) - 0.02
+    assert float(accuracy["sparse"]) > float(accuracy["masked without training"]) + 0.02
+    assert abs(float(accuracy["compiled"]) - float(accuracy["sparse"])) < 0.005
+    assert out.count("nm<2:4") == 6
 
 
 @pytest.mark.nightly

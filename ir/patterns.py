@@ -8,53 +8,65 @@ from bitwright.ir.types import NM, Block, Codebook, Encoding, Unstructured
 from bitwright.ir.weights import Array
 
 
-def grouped(weight: Array, nm: NM) -> Array:
-    """``weight`` as [..., groups, group, block] along the pattern's axis, zero-padded at the end of the axis."""
-    a = np.moveaxis(weight, nm.axis, -1)
-    span = nm.group * nm.block
-    tail = -a.shape[-1] % span
+def grouped(weight: Array, group: int, axis: int, block: int = 1) -> Array:
+    """``weight`` as [..., groups, group, block] along an axis, zero-padded at the end of the axis."""
+    a = np.moveaxis(weight, axis, -1)
+    tail = -a.shape[-1] % (group * block)
     if tail:
         a = np.concatenate([a, np.zeros((*a.shape[:-1], tail), a.dtype)], -1)
-    return a.reshape(*a.shape[:-1], -1, nm.group, nm.block)
+    return a.reshape(*a.shape[:-1], -1, group, block)
+
+
+def share(keep: int, group: int, size: int) -> int:
+    """What a shorter group of ``size`` may keep: its proportional share, rounded up."""
+    return -(-keep * size // group)
 
 
 def keep_in_tail(nm: NM, size: int) -> int:
     """How many blocks of the last, shorter group may be kept: proportional, rounded up."""
     tail = -(-size // nm.block) % nm.group
-    return -(-nm.keep * tail // nm.group) if tail else nm.keep
+    return share(nm.keep, nm.group, tail) if tail else nm.keep
 
 
 def violation(weight: Array, encoding: Encoding) -> str:
     """Why the values break the encoding, or the empty string."""
     if isinstance(encoding, NM):
-        return _nm_violation(weight, encoding)
+        why = _too_many(weight, encoding.keep, encoding.group, encoding.axis, encoding.shared, encoding.block)
+        if why or not encoding.transposable or weight.ndim < 2:
+            return why
+        # of a convolution, every tap is a matrix of outputs x inputs
+        return _too_many(weight, encoding.keep, encoding.group, 1 if encoding.axis % weight.ndim == 0 else 0)
     if isinstance(encoding, Unstructured) and encoding.count:
-        kept, per = weight != 0, encoding.per
-        most = max((int(kept[..., i : i + per].sum(-1).max()) for i in range(0, kept.shape[-1], per)), default=0)
-        return "" if most <= encoding.count else f"{most} non-zeros in {per}, at most {encoding.count} allowed"
+        return _too_many(weight, encoding.count, encoding.per, encoding.axis, block=encoding.block)
     if isinstance(encoding, Codebook):
         count = len(np.unique(weight))
         return "" if count <= encoding.entries else f"{count} distinct values, at most {encoding.entries} allowed"
     return "" if not isinstance(encoding, Block) or weight.ndim >= 2 else "a block encoding needs two axes"
 
 
-def _nm_violation(weight: Array, nm: NM) -> str:
-    if not -weight.ndim <= nm.axis < weight.ndim:
-        return f"axis {nm.axis} is outside a weight of rank {weight.ndim}"
-    kept = (grouped(weight, nm) != 0).any(-1)  # [..., groups, group]
-    if nm.shared > 1:  # one pattern for `shared` consecutive outputs (axis 0): the union counts
+def _too_many(weight: Array, keep: int, group: int, axis: int, shared: int = 1, block: int = 1) -> str:
+    """Where a group along the axis has more non-zeros than it may, or the empty string."""
+    if not -weight.ndim <= axis < weight.ndim:
+        return f"axis {axis} is outside a weight of rank {weight.ndim}"
+    blocks = grouped(weight != 0, group, axis, block)  # [..., groups, group, block]
+    kept: Array = np.any(blocks, -1) if block > 1 else blocks[..., 0]
+    if shared > 1:  # one pattern for `shared` consecutive outputs (axis 0): the union counts
         rows = kept.shape[0]
-        pad = -rows % nm.shared
+        pad = -rows % shared
         if pad:
             kept = np.concatenate([kept, np.zeros((pad, *kept.shape[1:]), bool)])
-        kept = kept.reshape(-1, nm.shared, *kept.shape[1:]).any(1)
-    count = kept.sum(-1)
-    if count.size and int(count.max()) > nm.keep:
-        where = [int(i) for i in np.unravel_index(int(count.argmax()), count.shape)]
-        return f"{int(count.max())} non-zeros in the group at {where}, at most {nm.keep} of {nm.group} allowed"
-    if nm.transposable and weight.ndim >= 2:  # of a convolution, every tap is a matrix of outputs x inputs
-        return _nm_violation(weight, NM(nm.keep, nm.group, 1 if nm.axis % weight.ndim == 0 else 0))
-    return ""
+        kept = np.any(kept.reshape(-1, shared, *kept.shape[1:]), 1)
+    count = kept.sum(-1, dtype=np.int32)
+    if not count.size:
+        return ""
+    tail = -(-weight.shape[axis] // block) % group
+    allowed = np.full(count.shape[-1], keep)
+    allowed[-1] = share(keep, group, tail) if tail else keep
+    if bool((count <= allowed).all()):
+        return ""
+    where = [int(i) for i in np.unravel_index(int((count - allowed).argmax()), count.shape)]
+    most, size = int(allowed[where[-1]]), tail if tail and where[-1] == count.shape[-1] - 1 else group
+    return f"{int(count[tuple(where)])} non-zeros in the group at {where}, at most {most} of {size} allowed"
 
 
 def density(weight: Array) -> float:

@@ -141,6 +141,8 @@ class NM:
     def __post_init__(self) -> None:
         if not 1 <= self.keep <= self.group <= 64:
             raise InvalidInput(f"N:M needs 1 <= keep <= group <= 64, got {self.keep}:{self.group}")
+        if self.shared < 1 or self.block < 1:
+            raise InvalidInput(f"shared and block are at least 1, not {self.shared} and {self.block}")
 
     def __str__(self) -> str:
         parts = [f"{self.keep}:{self.group}", f"axis={self.axis}"]
@@ -167,13 +169,33 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Unstructured:
-    """At most ``count`` non-zeros in every ``per`` elements along the last axis; count 0: no fixed bound."""
+    """At most ``count`` non-zeros in every ``per`` elements along ``axis``; count 0: no fixed bound.
+
+    A convolution's weights [out, in, *kernel] have their runs along the inputs (axis 1) of each tap. ``block``
+    consecutive elements are kept or dropped together, and count and per then count blocks. A shorter last run
+    holds its proportional share, rounded up.
+    """
 
     count: int = 0
     per: int = 0
+    axis: int = -1
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.count <= self.per or self.count == self.per == 0):
+            raise InvalidInput(f"a fixed count needs 1 <= count <= per, got {self.count} per {self.per}")
+        if self.block < 1:
+            raise InvalidInput(f"block is at least 1, not {self.block}")
 
     def __str__(self) -> str:
-        return f"unstructured<{self.count} per {self.per}>"
+        parts = [f"{self.count} per {self.per}"]
+        parts += [f"axis={self.axis}"] if self.axis != -1 else []
+        parts += [f"block={self.block}"] if self.block != 1 else []
+        return f"unstructured<{', '.join(parts)}>"
+
+    @property
+    def density(self) -> float:
+        return self.count / self.per if self.per else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +227,8 @@ def parse_encoding(text: str) -> Encoding:
         return NM(int(m[1]), int(m[2]), int(m[3]), **options)  # type: ignore[arg-type]
     if m := re.fullmatch(r"block<(\d+)x(\d+)>", text):
         return Block(int(m[1]), int(m[2]))
-    if m := re.fullmatch(r"unstructured<(\d+) per (\d+)>", text):
-        return Unstructured(int(m[1]), int(m[2]))
+    if m := re.fullmatch(r"unstructured<(\d+) per (\d+)(?:, *axis=(-?\d+))?(?:, *block=(\d+))?>", text):
+        return Unstructured(int(m[1]), int(m[2]), int(m[3] or -1), int(m[4] or 1))
     if m := re.fullmatch(r"codebook<(\d+)>", text):
         return Codebook(int(m[1]))
     raise InvalidInput(f"{text!r} is not an encoding (nm<2:4, axis=1>, block<4x4>, unstructured<2 per 8>, ...)")

@@ -118,8 +118,8 @@ def replay(path: str | Path) -> tuple[Graph, PipelineReport]:
 
 def random_weights(graph: Graph, seed: int = 0) -> Weights:
     """Values for every weight a graph names: floats are normal, integers fill their type; encodings are obeyed."""
-    from bitwright.ir.types import NM
-    from bitwright.passes.sparsity.masks import nm_mask_array
+    from bitwright.ir.types import NM, Unstructured
+    from bitwright.passes.sparsity.masks import fixed_count_mask_array, nm_mask_array
 
     out: dict[str, np.ndarray[Any, Any]] = {}
     for i, node in enumerate(n for n in graph.nodes if n.op.name == "weight"):
@@ -134,6 +134,8 @@ def random_weights(graph: Graph, seed: int = 0) -> Weights:
         if isinstance(t.encoding, NM):
             e = t.encoding
             a = a * nm_mask_array(a.astype(np.float64), e.keep, e.group, e.axis, e.shared, e.block)
+        elif isinstance(t.encoding, Unstructured) and t.encoding.count:
+            a = a * fixed_count_mask_array(a.astype(np.float64), t.encoding)
         out[node.op.ref] = np.asarray(a).astype(t.dtype.numpy)  # type: ignore[attr-defined]
     return Weights(out)
 

@@ -138,8 +138,10 @@ def _with_pattern(
 ) -> tuple[ContractSpec, str]:
     """The spec with the weight's N:M pattern if the target gains from it, and the reason for the choice."""
     nm = declared.encoding
-    if weight is None or not isinstance(nm, NM):
+    if weight is None or nm is None:
         return spec, "dense weights" if weight is not None else "both operands are computed"
+    if not isinstance(nm, NM):
+        return spec, f"runs dense: no kernel for {nm}"
     label = f"{nm.keep}:{nm.group}" + (f" of blocks of {nm.block}" if nm.block > 1 else "")
     if nm.axis % declared.rank != 1:
         return spec, f"runs dense: {label} lies along axis {nm.axis}, not along the reduction"

@@ -10,7 +10,7 @@ import numpy as np
 from bitwright.ir import ops
 from bitwright.ir.build import Rewriter
 from bitwright.ir.graph import Graph, Node
-from bitwright.ir.types import NM, TensorType
+from bitwright.ir.types import NM, TensorType, Unstructured
 from bitwright.ir.weights import Array
 from bitwright.passes._layers import layer_of, stem
 from bitwright.passes._match import array, made_by, used_once
@@ -27,7 +27,8 @@ def matmul(rw: Rewriter, node: Node) -> bool:
         return True
     values, t, source = array(g, w), g.types[w], g.producers[w]
     assert values is not None
-    encoding = replace(t.encoding, axis=1 - t.encoding.axis % 2) if isinstance(t.encoding, NM) else None
+    along = t.encoding if isinstance(t.encoding, NM | Unstructured) else None
+    encoding = replace(along, axis=1 - along.axis % 2) if along is not None else None
     key = stem(source.op.ref) if isinstance(source.op, ops.Weight) else w
     turned = TensorType(t.dtype, t.shape[::-1], encoding)
     new = rw.weight(key, np.ascontiguousarray(values.T), turned, name=key, origin=source.origin)

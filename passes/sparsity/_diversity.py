@@ -85,10 +85,10 @@ def _row(states: dict[State, int], ones: int) -> dict[State, int]:
     return {state: ways for (state, _), ways in now.items()}
 
 
-def pattern_from_density(zero_fraction: float, group: int) -> int:
+def pattern_from_density(zero_fraction: float, group: int, confidence: float = CONFIDENCE) -> int:
     """How many of a group to keep when this fraction of a weight is zero already, placed at random.
 
-    The largest number of zeros that more than 95 % of the groups have is pruned; at least one entry stays.
+    The largest number of zeros that more than ``confidence`` of the groups have is pruned; at least one entry stays.
 
     >>> [pattern_from_density(p, 8) for p in (0.5, 0.75, 0.9)]
     [6, 4, 2]
@@ -97,9 +97,11 @@ def pattern_from_density(zero_fraction: float, group: int) -> int:
         raise InvalidInput(f"a zero fraction lies between 0 and 1, not {zero_fraction}")
     if group < 1:
         raise InvalidInput(f"a group has at least one element, not {group}")
+    if not 0.0 <= confidence < 1.0:
+        raise InvalidInput(f"a confidence lies between 0 and 1, not {confidence}")
     tail = 0.0
     for zeros in range(group, 0, -1):
         tail += math.comb(group, zeros) * zero_fraction**zeros * (1.0 - zero_fraction) ** (group - zeros)
-        if tail > CONFIDENCE:
+        if tail > confidence:
             return max(1, group - zeros)
     return group

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from bitwright.ir.errors import InvalidInput
+from bitwright.ir.patterns import share
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,4 @@ def check_axis(weight: torch.Tensor, axis: int, name: str) -> None:
         raise InvalidInput(f"{name} has rank {weight.dim()}, no axis {axis}")
 
 
-def share(keep: int, group: int, size: int) -> int:
-    """What a group of ``size`` keeps: its proportional share, rounded up."""
-    return -(-keep * size // group)
+__all__ = ["check_axis", "floats", "share"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -11,13 +12,16 @@ from bitwright.ir import ops
 from bitwright.ir.build import Rewriter, rewrite
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.patterns import kept_magnitude
-from bitwright.ir.types import F32, NM
+from bitwright.ir.target import Target
+from bitwright.ir.types import F32, NM, DType, Unstructured
 from bitwright.ir.weights import Array
 from bitwright.passes._layers import layer_of, selected, stem
 from bitwright.passes._pass import Context, Pass
 
 PAYS = 1.05
 """An expected speed over dense below this is not worth a pattern."""
+Mask = NM | Unstructured
+"""What a mask makes a weight obey."""
 CONTRACTIONS = (ops.Linear, ops.Conv, ops.MatMul, ops.ConvTranspose)
 
 
@@ -56,21 +60,24 @@ class MaskingPass(Pass):
             return True
 
         after, _ = rewrite(graph, step)
-        if made:
-            self._check_gain(context)
+        self._check_gain(context, [after.types[new].encoding for new in made.values() if new in after.types])
         return after
 
-    @abstractmethod
-    def encoding(self, axis: int) -> NM:
-        """What a masked weight obeys when every layer gets the same pattern."""
+    def encoding(self, axis: int) -> Mask:
+        """What a masked weight obeys when every layer gets the same pattern; otherwise override :meth:`choose`."""
+        raise NotImplementedError
 
-    def choose(self, weight: Array, axis: int, name: str) -> NM | str:
+    def choose(self, weight: Array, axis: int, name: str) -> Mask | str:
         """The pattern of one layer, whose weight is called ``name``, or the reason to leave the layer alone."""
         return self.encoding(axis)
 
     @abstractmethod
-    def mask(self, weight: Array, encoding: NM, name: str) -> Array:
+    def mask(self, weight: Array, encoding: Mask, name: str) -> Array:
         """True where an element is kept, by the magnitudes of ``weight``; the result obeys ``encoding``."""
+
+    def facts(self, before: Array, after: Array) -> dict[str, Any]:
+        """What else the remark of a masked layer tells."""
+        return {}
 
     def _axis(self, node: Node) -> int:
         return 0 if isinstance(node.op, ops.MatMul) and not node.op.transpose_b else 1
@@ -95,6 +102,8 @@ class MaskingPass(Pass):
         nm = self._encoding(graph, node)
         if isinstance(nm, str) or weight.type.encoding == nm:
             return nm if isinstance(nm, str) else ""
+        if isinstance(nm, Unstructured):
+            return ""  # runs may be shorter at the end
         size, span = weight.type.static_shape[nm.axis], nm.group * nm.block
         what = "input channels" if isinstance(node.op, ops.Conv) else "inputs"
         if size % span:
@@ -103,7 +112,7 @@ class MaskingPass(Pass):
             return f"{weight.type.static_shape[0]} outputs are not a multiple of shared={nm.shared}"
         return ""
 
-    def _encoding(self, graph: Graph, node: Node) -> NM | str:
+    def _encoding(self, graph: Graph, node: Node) -> Mask | str:
         handle = graph.handle(node.inputs[1])
         assert handle is not None
         return self.choose(handle.array, self._axis(node), layer_of(graph, node))
@@ -111,16 +120,17 @@ class MaskingPass(Pass):
     def _masked(self, rw: Rewriter, node: Node, context: Context) -> str:
         weight, encoding = rw.graph.producers[node.inputs[1]], self._encoding(rw.graph, node)
         assert isinstance(weight.op, ops.Weight)
-        assert isinstance(encoding, NM)
+        assert not isinstance(encoding, str)
         if weight.type.encoding == encoding:
             return rw.of(node.inputs[1])[0]
         handle, key = rw.graph.weights[weight.op.ref], stem(weight.op.ref)
         array = handle.array
         masked = np.where(self.mask(array, encoding, weight.op.ref), array, np.zeros((), array.dtype))
         context.remark(
-            self.name, layer_of(rw.graph, node), pattern=f"{encoding.keep}:{encoding.group}",
+            self.name, layer_of(rw.graph, node), pattern=label(encoding),
             kept_magnitude=round(kept_magnitude(array, masked), 4),
             kept_unstructured=round(kept_unstructured(array, int(np.count_nonzero(masked))), 4), axis=encoding.axis,
+            **self.facts(array, masked),
         )  # fmt: skip
         new = rw.weight(key, masked, weight.type.with_encoding(encoding), name=key, origin=weight.origin)
         made, dense = rw.defined_by[new].op, context.facts["dense"]
@@ -128,15 +138,28 @@ class MaskingPass(Pass):
         dense[made.ref] = dense.get(weight.op.ref, handle)
         return new
 
-    def _check_gain(self, context: Context) -> None:
-        if context.target is None:
+    def _check_gain(self, context: Context, used: list[Any]) -> None:
+        """Refuse, once for the target, each pattern that does not pay there."""
+        if (target := context.target) is None:
             return
-        nm = self.encoding(1)
-        gains = {str(d): context.target.sparse_gain(d, nm) for d in (F32, context.target.activation)}
-        if max(gains.values()) < PAYS:
-            expected = ", ".join(f"{g:.2f}x for {d}" if g else f"no kernel for {d}" for d, g in gains.items())
-            why = f"{nm.keep}:{nm.group} does not pay on this target ({expected}); masks were applied as asked"
-            context.refuse(self.name, f"target {context.target.name}", why, "choose a pattern the target lists")
+        for e in dict.fromkeys(replace(e, axis=1) for e in used if isinstance(e, Mask)):
+            gains = {str(d): gain(target, d, e) for d in (F32, target.activation)}
+            if max(gains.values()) < PAYS:
+                expected = ", ".join(f"{g:.2f}x for {d}" if g else f"no kernel for {d}" for d, g in gains.items())
+                why = f"{label(e)} does not pay on this target ({expected}); masks were applied as asked"
+                context.refuse(self.name, f"target {target.name}", why, "choose a pattern the target lists")
+
+
+def label(encoding: Mask) -> str:
+    """The pattern in short: ``2:4``, ``12 per 64``."""
+    if isinstance(encoding, NM):
+        return f"{encoding.keep}:{encoding.group}"
+    return f"{encoding.count} per {encoding.per}"
+
+
+def gain(target: Target, x: DType, encoding: Mask) -> float:
+    """Expected speed over dense; 0.0 without a kernel, which is so for every fixed count."""
+    return target.sparse_gain(x, encoding) if isinstance(encoding, NM) else 0.0
 
 
 def kept_unstructured(weight: Array, kept: int) -> float:

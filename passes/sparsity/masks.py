@@ -1,29 +1,24 @@
-"""N:M masks on tensors: the largest magnitudes of every group, ties to the lower index."""
+"""Masks on tensors: the largest magnitudes of every group or run, ties to the lower index."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bitwright.ir.errors import InvalidInput
-from bitwright.ir.patterns import keep_in_tail
-from bitwright.ir.types import NM
+from bitwright.ir.types import NM, Unstructured
 from bitwright.ir.weights import Array
 from bitwright.passes.sparsity._diversity import mask_diversity, pattern_from_density
-from bitwright.passes.sparsity._magnitude import check_axis, floats
+from bitwright.passes.sparsity._magnitude import check_axis, floats, share
 from bitwright.passes.sparsity._mvue import mvue_mask
+from bitwright.passes.sparsity._ranking import in_blocks, largest, share_rows, top
 from bitwright.passes.sparsity._transposable import transposable_mask
 
 if TYPE_CHECKING:
     import torch
-
-
-PIECE = 1 << 18
-"""Elements ranked at a time: what is compared stays in the caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,68 +60,54 @@ def nm_mask(
     mask. A shorter last group keeps its proportional share, rounded up. Raises :class:`InvalidInput` for
     integers, NaN and infinities, quoting ``name``.
     """
-    import torch
-
     nm = NM(keep, group, axis, shared, block)
-    if shared < 1 or block < 1:
-        raise InvalidInput(f"{name}: shared and block are at least 1, not {shared} and {block}")
     check_axis(weight, axis, name)
     score = floats(weight, name).abs().movedim(axis, -1)
     size = score.shape[-1]
-    blocks = -(-size // block)
-    if block > 1:
-        score = (
-            torch.nn.functional.pad(score, (0, blocks * block - size)).reshape(*score.shape[:-1], blocks, block).sum(-1)
-        )
-    kept = _share(score, shared, lambda s: _largest(s, nm, size))
+    kept = share_rows(in_blocks(score, block), shared, lambda s: largest(s, nm, size))
     kept = kept.repeat_interleave(block, -1)[..., :size] if block > 1 else kept
     return kept.movedim(-1, axis)
 
 
-def _share(score: torch.Tensor, shared: int, choose: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Choose on the scores summed over every ``shared`` rows of axis 0, and give each row the result."""
+def fixed_count_mask(
+    weight: torch.Tensor, count: int, per: int, axis: int = -1, block: int = 1, name: str = "weight"
+) -> torch.Tensor:
+    """True where an element is kept: the ``count`` largest magnitudes of every ``per`` elements along ``axis``.
+
+    Like :func:`nm_mask` without its limit: ``per`` is anything up to the whole axis. The lower index wins ties, a
+    shorter last run keeps its proportional share, rounded up. With ``block`` consecutive elements are scored and
+    kept together; count and per then count blocks. Besides the result, memory for one score in float32 and for
+    what is ranked at a time. Raises :class:`InvalidInput` for integers, NaN and infinities, quoting ``name``.
+    """
     import torch
 
-    if shared == 1 or score.dim() == 1:
-        return choose(score)
-    rows = score.shape[0]
-    padded = torch.cat([score, score.new_zeros((-rows % shared, *score.shape[1:]))])
-    chosen = choose(padded.reshape(-1, shared, *padded.shape[1:]).sum(1))
-    return chosen.repeat_interleave(shared, 0)[:rows]
+    Unstructured(count, per, axis, block)
+    if count < 1:
+        raise InvalidInput(f"{name}: a fixed count is at least 1")
+    check_axis(weight, axis, name)
+    score = floats(weight, name).abs().movedim(axis, -1)
+    size = score.shape[-1]
+    score = in_blocks(score, block)
+    if per > max(1, score.shape[-1]):
+        what = f"blocks of {block}" if block > 1 else "elements"
+        raise InvalidInput(f"{name} has {score.shape[-1]} {what} along axis {axis}, fewer than per={per}")
+    kept = torch.empty(score.shape, dtype=torch.bool)
+    full = score.shape[-1] - score.shape[-1] % per
+    for part, into in ((score[..., :full], kept[..., :full]), (score[..., full:], kept[..., full:])):
+        if part.numel():
+            run = min(per, part.shape[-1])
+            into.copy_(top(part.reshape(-1, run), share(count, per, run)).reshape(part.shape))
+    kept = kept.repeat_interleave(block, -1)[..., :size] if block > 1 else kept
+    return kept.movedim(-1, axis)
 
 
-def _largest(score: torch.Tensor, nm: NM, size: int) -> torch.Tensor:
-    """The kept entries of the last axis, group by group."""
-    import torch
+def fixed_count_mask_array(weight: Array, encoding: Unstructured, name: str = "weight") -> Array:
+    """:func:`fixed_count_mask` on a NumPy array, by its encoding."""
+    from bitwright.ir.interpret import to_torch
 
-    blocks = score.shape[-1]
-    s = torch.nn.functional.pad(score, (0, -blocks % nm.group), value=-1.0) if blocks % nm.group else score
-    kept = torch.empty(s.shape, dtype=torch.bool)
-    flat, out = s.reshape(-1, nm.group), kept.view(-1, nm.group)
-    step = PIECE // nm.group
-    for part, into in zip(torch.split(flat, step), torch.split(out, step), strict=True):
-        torch.lt(_rank(part), nm.keep, out=into)
-    if blocks % nm.group:
-        last = slice(blocks - blocks % nm.group, None)
-        kept[..., last] = _rank(s[..., last]) < keep_in_tail(nm, size)
-    return kept[..., :blocks]
-
-
-def _rank(s: torch.Tensor) -> torch.Tensor:
-    """Place of each element in its group, largest first, equals in index order."""
-    import torch
-
-    group = s.shape[-1]
-    if group > 8:
-        order = torch.sort(s, dim=-1, descending=True, stable=True).indices
-        return torch.empty_like(order).scatter_(-1, order, torch.arange(group).expand_as(order))
-    columns = s.movedim(-1, 0).contiguous()
-    ranks = torch.zeros_like(columns, dtype=torch.int8)
-    for j in range(1, group):
-        ahead = (columns[j] > columns[:j]).to(torch.int8)  # an equal one stays behind the earlier index
-        ranks[:j] += ahead
-        ranks[j] += j - ahead.sum(0, dtype=torch.int8)
-    return ranks.movedim(0, -1)
+    e = encoding
+    kept: Array = fixed_count_mask(to_torch(weight), e.count, e.per, e.axis, e.block, name).numpy()
+    return kept if kept.flags.c_contiguous else np.ascontiguousarray(kept)
 
 
 def nm_mask_array(
@@ -141,6 +122,8 @@ def nm_mask_array(
 
 __all__ = [
     "Pattern",
+    "fixed_count_mask",
+    "fixed_count_mask_array",
     "mask_diversity",
     "mvue_mask",
     "nm_mask",

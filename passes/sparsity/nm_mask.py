@@ -9,7 +9,7 @@ from bitwright.ir.graph import Graph
 from bitwright.ir.types import NM
 from bitwright.ir.weights import Array
 from bitwright.passes._pass import Context
-from bitwright.passes.sparsity._masking import MaskingPass
+from bitwright.passes.sparsity._masking import Mask, MaskingPass
 from bitwright.passes.sparsity.masks import Pattern, nm_mask_array
 
 TWO_OF_FOUR = Pattern(2, 4)
@@ -46,6 +46,7 @@ class NMMask(MaskingPass):
     def encoding(self, axis: int) -> NM:
         return self.pattern.along(axis, self.shared, self.block)
 
-    def mask(self, weight: Array, encoding: NM, name: str) -> Array:
+    def mask(self, weight: Array, encoding: Mask, name: str) -> Array:
+        assert isinstance(encoding, NM)
         e = encoding
         return nm_mask_array(weight, e.keep, e.group, e.axis, e.shared, e.block, name)

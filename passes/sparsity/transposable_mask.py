@@ -11,7 +11,7 @@ from bitwright.ir.graph import Graph
 from bitwright.ir.types import NM
 from bitwright.ir.weights import Array
 from bitwright.passes._pass import Context
-from bitwright.passes.sparsity._masking import MaskingPass
+from bitwright.passes.sparsity._masking import Mask, MaskingPass
 from bitwright.passes.sparsity.masks import Pattern, transposable_mask
 
 FOUR_OF_EIGHT = Pattern(4, 8)
@@ -50,7 +50,8 @@ class TransposableMask(MaskingPass):
     def encoding(self, axis: int) -> NM:
         return replace(self.pattern.along(axis), transposable=True)
 
-    def mask(self, weight: Array, encoding: NM, name: str) -> Array:
+    def mask(self, weight: Array, encoding: Mask, name: str) -> Array:
+        assert isinstance(encoding, NM)
         from bitwright.ir.interpret import to_torch
 
         p, (rows, columns) = encoding, weight.shape[:2]

@@ -23,13 +23,18 @@ from bitwright.ir.weights import Array
 
 if TYPE_CHECKING:
     from bitwright.codegen.tvm.select import Choice
+    from bitwright.codegen.tvm.template import Config
 
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One step of the program for the report: the region's node, what was chosen, bytes of its packed weights."""
+    """One step of the program for the report: the region's node, what was chosen, bytes of its packed weights.
+
+    ``config`` and ``packed_types``: the template's decisions and the element types of its packed weights, from which
+    they are read back.
+    """
 
     node: Node
     template: str
@@ -38,6 +43,8 @@ class Kernel:
     refused: tuple[tuple[str, str], ...]
     tasks: int
     weight_bytes: int
+    config: Config
+    packed_types: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +108,9 @@ def build(
 
 def _kernel(node: Node, choice: Choice) -> Kernel:
     nbytes = sum(p.nbytes for p in choice.packed)
+    config, types = choice.config, tuple(p.dtype.name for p in choice.packed)
     return Kernel(
-        node, choice.template, choice.symbol, choice.config.reason, choice.refused, choice.config.tasks, nbytes
+        node, choice.template, choice.symbol, config.reason, choice.refused, config.tasks, nbytes, config, types
     )
 
 

@@ -245,7 +245,7 @@ def _layer_row(x: Layer) -> str:
     cells = [
         _cell(escape(plots.title(x)), sort=plots.title(x), cls="name", small=below),
         _cell(f"<code>{escape(' x '.join(map(str, x.shape)))}</code>" if x.shape else "", sort=x.operations, cls="nw"),
-        _cell(formats, sort=text),
+        _cell(formats, sort=text, small=x.accumulator),
         _cell(mask, sort=x.pattern, small=_mask_text(x)),
         _cell(f"<code>{escape(x.kernel)}</code>" if x.kernel else "", sort=x.kernel, small=why),
         _number(units.size(x.bytes), x.bytes),

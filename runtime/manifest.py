@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -84,12 +84,87 @@ class StepRow(_Frozen):
     result: Result | None = None
 
 
+class Stored(_Frozen):
+    """Where and how the weights of a contraction lie among the program's weights.
+
+    ``layout``: ``plain``, or the kernel template that packed them, with its decisions in ``config``.
+    ``places``: (offset in bytes, elements, element type) of each array, in the order of packing.
+    """
+
+    layout: str
+    places: tuple[tuple[Bytes, Bytes, str], ...] = ()
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class Certificate(_Frozen):
+    """How wide the accumulator of one integer contraction must be, and the input that shows it.
+
+    Sums are over k of (x - ``x_zero``) * (w - ``w_zero``). ``kind`` is what the proof rests on: the number formats
+    (``type``), the weights, the weights and narrower proven input bounds ``x``, or codes that calibration met
+    (``calibrated``, no proof). ``range``: of the final sum, ``bits`` hold it; ``partial_range``: of the sum of any of
+    the terms, in any order; ``register_range``: of a register that starts from -x_zero * sum(w) and adds products of
+    codes in any order, as the kernels do; ``partial_bits`` hold the last two. ``type_bits``, ``weight_bits``,
+    ``range_bits``: the same width from less and from more knowledge. ``on_overflow``: a register that wraps needs room
+    for the final sum only. ``headroom``: unused bits of ``acc_bits``, partial sums included. ``observed``: codes that
+    calibration met and the width for them, beside the proof. ``safe_terms``: products of any order that always fit.
+
+    ``rows``: the weight rows (outputs) that reach ``range``, lowest first. ``low`` and ``high``: one bit for each term
+    of that row, first bit highest, base64: the input takes its upper bound where the bit is set, else its lower one.
+    Without weights each term of the sum takes the pair ``low_pair`` or ``high_pair`` of (x, w). ``digest``: of the
+    weights as integers in logical order. ``step``: label of the program's step that computes it.
+    """
+
+    value: str
+    step: str
+    kind: Literal["type", "weights", "weights+ranges", "calibrated"]
+    acc_bits: int
+    on_overflow: Literal["wrap", "saturate"] = "wrap"
+    x: tuple[int, int]
+    x_zero: int = 0
+    w: tuple[int, int]
+    w_zero: int = 0
+    terms: int | None = None
+    range: tuple[int, int] = (0, 0)
+    partial_range: tuple[int, int] = (0, 0)
+    register_range: tuple[int, int] | None = None
+    bits: int = 0
+    partial_bits: int = 0
+    type_bits: int = 0
+    weight_bits: int | None = None
+    range_bits: int | None = None
+    observed: tuple[int, int] | None = None
+    observed_bits: int | None = None
+    headroom: int = 0
+    safe_terms: int | None = None
+    rows: tuple[int, int] | None = None
+    low: str = ""
+    high: str = ""
+    low_pair: tuple[int, int] | None = None
+    high_pair: tuple[int, int] | None = None
+    digest: str = ""
+    stored: Stored | None = None
+
+    @property
+    def needs(self) -> int:
+        """Bits that the kernel's register needs."""
+        return self.bits if self.on_overflow == "wrap" else self.partial_bits
+
+    def __str__(self) -> str:
+        if self.terms is None:
+            return (
+                f"{self.safe_terms} terms fit {self.acc_bits} bits" if self.safe_terms else "any number of terms fits"
+            )
+        seen = f", {self.observed_bits} seen" if self.observed_bits is not None else ""
+        return f"needs {self.needs} of {self.acc_bits} bits ({self.kind}{seen})"
+
+
 class Manifest(_Frozen):
     """Everything the loader needs to know. Checks itself: raises pydantic's ValidationError.
 
     ``batch``: the batch symbol, empty when all shapes are static. ``chunks``: the row counts the program has
     code for. ``input_alignment``: bytes the kernels want inputs aligned to (1: natural alignment of the
-    elements). ``input_padding``: bytes the kernels may read behind an input.
+    elements). ``input_padding``: bytes the kernels may read behind an input. ``certificates``: one for each integer
+    contraction.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -109,6 +184,7 @@ class Manifest(_Frozen):
     features: tuple[str, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
     steps: tuple[StepRow, ...] = ()
+    certificates: tuple[Certificate, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:

@@ -33,6 +33,7 @@ class Layer(_Row):
 
     ``reason``: why this kernel, or why not sparse. ``share_of_limit``: measured speed over what the machine
     could do (0 to 1). ``error``: relative error of its result against float. None: not known or not measured.
+    ``accumulator``: the width its integer sums need, and what that rests on.
     ``weight``: the layer's name by its weight, as passes and refusals call it. ``figures``: numbers that passes
     remarked about it, as "pass.figure", such as "nm-mask.kept_magnitude" or "reconstruct.error_after".
     """
@@ -44,6 +45,7 @@ class Layer(_Row):
     formats: Formats = Field(default_factory=Formats)
     pattern: str = ""
     density: float | None = None
+    accumulator: str = ""
     kernel: str = ""
     reason: str = ""
     bytes: int | None = None

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bitwright._version import __version__
+from bitwright.certificates import recorded
 from bitwright.codegen.build import Built, Kernel, build, nbytes_of
 from bitwright.codegen.cache import Cache
 from bitwright.codegen.cost import cost_of
@@ -83,7 +84,11 @@ def assemble(
         "predicted_seconds": float(sum(x.predicted_seconds or 0.0 for x in report.layers)),
     }
     results = results_of(built.plan, built.graph, graph, done.quantized)
+    proofs = recorded(built, done.context.facts.get("certificates", {}))
+    for row in report.layers:
+        row.accumulator = "; ".join(str(c) for c in proofs if c.step == row.name)
     manifest = _manifest(graph, bound, target, built, symbol, rows, threads, results)
+    manifest = manifest.model_copy(update={"certificates": proofs})
     contents = Contents(manifest, show(built.graph), built.library, built.weights, report.to_json())
     program = Program(contents, threads=threads)
     return with_measured(program, example_inputs(program, calibration)) if measure else program

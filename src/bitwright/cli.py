@@ -205,11 +205,16 @@ def verify(
     data = _calibration(calibrate, graph)
     result = driver.verify(loaded, graph, chunk, bound=BOUND if bound is None else bound, calibration=data)
     cli_show.console().print(cli_show.comparison(result))
+    if result.certificates:
+        cli_show.console().print(cli_show.certificates(result))
     cli_show.console().print(
         f"first bad layer: {result.first_bad}" if result.first_bad else "every layer agrees with the reference",
         markup=False,
     )
-    if result.first_bad:
+    if result.bad_certificates:
+        named = ", ".join(x.certificate.value for x in result.bad_certificates)
+        cli_show.console().print(f"accumulator certificates that do not hold: {named}", markup=False)
+    if result.first_bad or result.bad_certificates:
         raise typer.Exit(1)
 
 

@@ -57,6 +57,7 @@ def layers(report: Report) -> Table:
         ("shape", [shape_text(x.shape) if x.shape else "" for x in rows]),
         ("formats", [formats_text(x.formats) for x in rows]),
         ("mask", [_short_pattern(x.pattern) for x in rows]),
+        ("accumulator", [x.accumulator for x in rows]),
         (">magnitude kept", [kept_text(x) for x in rows]),
         (">layer error", [rebuilt_text(x) for x in rows]),
         ("kernel", [x.kernel for x in rows]),
@@ -155,6 +156,7 @@ def layer_story(report: Report, layer: Layer) -> Table:
         ("mask", f"{layer.pattern}, {units.percent(layer.density)} kept" if layer.pattern else "none"),
         ("magnitude kept", kept_text(layer, long=True)),
         ("error of the masked layer", rebuilt_text(layer)),
+        ("accumulator", layer.accumulator),
         ("kernel", layer.kernel),
         ("why", layer.reason),
         *(("note", n) for n in layer.notes),
@@ -186,6 +188,18 @@ def comparison(result: Comparison) -> Table:
         for r in result.rows
     )  # fmt: skip
     return table(["layer", "written at", ">against the reference", ">against the model", ""], rows)
+
+
+def certificates(result: Comparison) -> Table:
+    """One row per integer contraction: the width its sums need, and whether the packed weights confirm it."""
+    rows = (
+        (
+            x.certificate.value, str(x.certificate), f"{x.certificate.range[0]}..{x.certificate.range[1]}",
+            Text("ok", "green") if x.ok else Text(f"BAD: {x.fault}", "bold red"),
+        )
+        for x in result.certificates
+    )  # fmt: skip
+    return table(["accumulator", "certificate", "sums", "from the packed weights"], rows)
 
 
 def advice(rows: Sequence[Advice]) -> Table:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bitwright.certificates import Checked, check
 from bitwright.codegen.plan import Plan
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
@@ -43,13 +44,21 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Rows in execution order; ``first_bad`` is the name of the first layer out of bounds, or empty."""
+    """Rows in execution order; ``first_bad`` is the name of the first layer out of bounds, or empty.
+
+    ``certificates``: the accumulator certificates, derived anew from the packed weights.
+    """
 
     rows: tuple[Row, ...]
+    certificates: tuple[Checked, ...] = ()
 
     @property
     def first_bad(self) -> str:
         return next((r.layer for r in self.rows if not r.ok), "")
+
+    @property
+    def bad_certificates(self) -> tuple[Checked, ...]:
+        return tuple(c for c in self.certificates if not c.ok)
 
 
 def verify_program(
@@ -87,7 +96,7 @@ def verify_program(
         if reference is not None and reference.size == got.size:
             drift = _error(_real(got, step.result).reshape(reference.shape), reference)
         rows.append(Row(step.label, origins.get(step.label, ""), _error(got, want[step.label]), drift, bound))
-    return Comparison(tuple(rows))
+    return Comparison(tuple(rows), check(program.contents))
 
 
 def _values(graph: Graph, inputs: list[Any], wanted: set[str]) -> dict[str, np.ndarray[Any, Any]]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bitwright as bw
+from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
 from bitwright.ir.interpret import evaluate
 from bitwright.ir.numerics import bits_for, witness
@@ -52,7 +53,7 @@ def test_witnesses_attain_the_range_in_the_interpreter(read: Read) -> None:
         c = found[name]
         assert c["bits"] == bits_for(*c["range"]) <= c["partial_bits"] <= c["type_bits"]
         assert c["headroom"] == 32 - c["partial_bits"]
-        assert c["proof"] == "weights"
+        assert c["kind"] == "weights"
 
 
 def test_no_input_leaves_the_range(read: Read) -> None:
@@ -67,11 +68,11 @@ def test_no_input_leaves_the_range(read: Read) -> None:
     """, {"w": np.array([[1, 2, -3, 4, 5, -6], [1] * 6], np.int8)})  # fmt: skip
     found = certificates(graph)
     assert found["y"]["x"] == [200, 203]
-    assert found["y"]["proof"] == "weights and input range"
+    assert found["y"]["kind"] == "weights+ranges"
     assert found["y"]["range"] == [100 * 1 + 200 + 400 + 500 - 309 - 618, 618]
     assert found["y"]["partial_range"] == [-9 * 103, 12 * 103]
     assert found["y"]["bits"] < found["y"]["partial_bits"] < found["y"]["type_bits"]
-    assert found["z"]["proof"] == "types"
+    assert found["z"]["kind"] == "type"
     assert found["z"]["range"] == [9 * -131 * 132, 9 * 124 * 132]
     x = {"x": RNG.integers(0, 256, (200, 6)).astype(np.uint8)}
     x |= {"a": np.full((3, 4, 9), -128, np.int8), "b": np.full((3, 9, 5), 127, np.int8)}
@@ -149,3 +150,47 @@ def test_the_report_of_a_program_shows_the_width(recipe: str) -> None:
     notes = [n for layer in program.report.layers for n in layer.notes if n.startswith("bound-accumulators")]
     assert len(notes) == (2 if recipe == "int8" else 0)
     assert all("headroom" in n and "witness" in n for n in notes)
+
+
+OBSERVED = """
+    graph @g (%x: u8[3, 4]) -> (y = %y) level=integer {
+      %w = constant {values=[1, 2, -3, 4]} : s8[1, 4]
+      %y = int_linear(%x, %w) {x_zero=8} : s32[3, 1]
+    }
+"""
+
+
+def test_observed_codes_are_told_and_prove_nothing(read: Read) -> None:
+    graph = read(OBSERVED)
+    context = Context(calibration=[(np.array([[9, 4, 6, 5]] * 3, np.uint8),)])
+    BoundAccumulators(ranges="observed").run(graph, context)
+    calibrated = context.facts["certificates"]["y"]
+    assert calibrated["kind"] == "calibrated"
+    assert calibrated["x"] == [4, 9]
+    assert calibrated["range"] == [7 * -4 - 3, 7 + 12]
+    BoundAccumulators().run(graph, context)
+    proven = context.facts["certificates"]["y"]
+    assert proven["kind"] == "weights"
+    assert proven["x"] == [0, 255]
+    assert proven["observed"] == [4, 9]
+    assert proven["observed_bits"] < proven["partial_bits"]
+    assert proven["range"] == [7 * -8 - 3 * 247, 7 * 247 + 24]
+
+
+def test_the_kernels_register_is_inside_the_certificate(read: Read) -> None:
+    """Kernels start from -zero * sum(w) and add code by code: any order, every prefix."""
+    graph = read(OBSERVED.replace("x_zero=8", "x_zero=100"))
+    c = certificates(graph)["y"]
+    w = np.array([1, 2, -3, 4])
+    worst = [-100 * int(w.sum()) + s for s in (int((w * (w < 0)).sum()) * 255, int((w * (w > 0)).sum()) * 255)]
+    assert c["register_range"] == worst
+    order = RNG.permuted(np.tile(np.arange(4), (2000, 1)), axis=1)
+    x = RNG.choice([0, 255], (2000, 4))
+    path = -100 * w.sum() + (w[order] * np.take_along_axis(x, order, 1)).cumsum(1)
+    assert worst[0] <= path.min()
+    assert path.max() <= worst[1]
+
+
+def test_observed_needs_calibration(read: Read) -> None:
+    with pytest.raises(InvalidInput, match="calibration data"):
+        BoundAccumulators(ranges="observed").run(read(OBSERVED), Context())

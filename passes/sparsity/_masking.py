@@ -17,6 +17,7 @@ from bitwright.ir.types import F32, NM, DType, Unstructured
 from bitwright.ir.weights import Array
 from bitwright.passes._layers import layer_of, selected, stem
 from bitwright.passes._pass import Context, Pass
+from bitwright.passes.sparsity._inputs import input_norms, need_calibration
 
 PAYS = 1.05
 """An expected speed over dense below this is not worth a pattern."""
@@ -28,6 +29,8 @@ CONTRACTIONS = (ops.Linear, ops.Conv, ops.MatMul, ops.ConvTranspose)
 class MaskingPass(Pass):
     """Masks the constant weights of chosen contractions along their reduction axis.
 
+    A subclass with a field ``score`` ranks weights by it: ``magnitude``, or ``wanda``, the magnitude times the norm of
+    the input it meets on the calibration data (Sun et al., ICLR 2024).
     ``facts["dense"]`` maps the key of each masked weight to the :class:`Handle` of its values before any mask.
     """
 
@@ -48,6 +51,7 @@ class MaskingPass(Pass):
                 context.refuse(self.name, layer_of(graph, n), why)
             else:
                 chosen.add(n.output)
+        norms = self._norms(graph, [n for n in wanted if n.output in chosen], context)
         made: dict[str, str] = {}
 
         def step(rw: Rewriter, node: Node) -> bool:
@@ -55,7 +59,7 @@ class MaskingPass(Pass):
                 return False
             old = node.inputs[1]
             if old not in made:
-                made[old] = self._masked(rw, node, context)
+                made[old] = self._masked(rw, node, context, norms.get(old))
             rw.keep_as(node, node.op, (rw.of(node.inputs[0])[0], made[old], *rw.of(*node.inputs[2:])))
             return True
 
@@ -112,12 +116,20 @@ class MaskingPass(Pass):
             return f"{weight.type.static_shape[0]} outputs are not a multiple of shared={nm.shared}"
         return ""
 
+    def _norms(self, graph: Graph, nodes: list[Node], context: Context) -> dict[str, Array]:
+        """What magnitudes are multiplied with before they are compared, by value name of the weight."""
+        if getattr(self, "score", "magnitude") == "magnitude":
+            return {}
+        need_calibration(context, f"{self.name}{{score=wanda}}")
+        open_ = [n for n in nodes if graph.types[n.inputs[1]].encoding != self._encoding(graph, n)]
+        return input_norms(graph, open_, context) if open_ else {}
+
     def _encoding(self, graph: Graph, node: Node) -> Mask | str:
         handle = graph.handle(node.inputs[1])
         assert handle is not None
         return self.choose(handle.array, self._axis(node), layer_of(graph, node))
 
-    def _masked(self, rw: Rewriter, node: Node, context: Context) -> str:
+    def _masked(self, rw: Rewriter, node: Node, context: Context, norms: Array | None) -> str:
         weight, encoding = rw.graph.producers[node.inputs[1]], self._encoding(rw.graph, node)
         assert isinstance(weight.op, ops.Weight)
         assert not isinstance(encoding, str)
@@ -125,12 +137,13 @@ class MaskingPass(Pass):
             return rw.of(node.inputs[1])[0]
         handle, key = rw.graph.weights[weight.op.ref], stem(weight.op.ref)
         array = handle.array
-        masked = np.where(self.mask(array, encoding, weight.op.ref), array, np.zeros((), array.dtype))
+        ranked = array if norms is None else np.abs(array.astype(np.float64)) * norms
+        masked = np.where(self.mask(ranked, encoding, weight.op.ref), array, np.zeros((), array.dtype))
         context.remark(
             self.name, layer_of(rw.graph, node), pattern=label(encoding),
             kept_magnitude=round(kept_magnitude(array, masked), 4),
             kept_unstructured=round(kept_unstructured(array, int(np.count_nonzero(masked))), 4), axis=encoding.axis,
-            **self.facts(array, masked),
+            **self.facts(array, masked), **({} if norms is None else {"score": "wanda"}),
         )  # fmt: skip
         new = rw.weight(key, masked, weight.type.with_encoding(encoding), name=key, origin=weight.origin)
         made, dense = rw.defined_by[new].op, context.facts["dense"]

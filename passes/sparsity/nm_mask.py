@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from bitwright.ir.graph import Graph
 from bitwright.ir.types import NM
@@ -18,6 +18,8 @@ TWO_OF_FOUR = Pattern(2, 4)
 @dataclass(frozen=True)
 class NMMask(MaskingPass):
     """Keep the largest ``keep`` of every ``group`` weights along the reduction axis of Linear and Conv.
+
+    ``score=wanda`` compares magnitudes times the norm of the input they meet on the calibration data.
 
     before:
         graph @g (%x: f32[2, 8]) -> (y = %y) level=graph {
@@ -34,6 +36,7 @@ class NMMask(MaskingPass):
     name: ClassVar[str] = "nm-mask"
     lossy: ClassVar[bool] = True
     pattern: Pattern = TWO_OF_FOUR
+    score: Literal["magnitude", "wanda"] = "magnitude"
     only: str = "*"
     except_: str = ""
     shared: int = 1

@@ -22,7 +22,8 @@ class TransposableMask(MaskingPass):
     """Keep at most ``keep`` of every ``group`` weights along the reduction axis and along the output axis.
 
     One mask then serves the layer and, in training, its transpose. A convolution is masked at each of its taps, a
-    matrix of outputs by input channels.
+    matrix of outputs by input channels. ``score=wanda`` compares magnitudes times the norm of the input they meet on
+    the calibration data.
 
     before:
         graph @g (%x: f32[2, 8]) -> (y = %y) level=graph {
@@ -40,6 +41,7 @@ class TransposableMask(MaskingPass):
     lossy: ClassVar[bool] = True
     pattern: Pattern = FOUR_OF_EIGHT
     method: Literal["fast", "exact", "greedy", "two-approx"] = "fast"
+    score: Literal["magnitude", "wanda"] = "magnitude"
     only: str = "*"
     except_: str = ""
     skip_first: bool = False

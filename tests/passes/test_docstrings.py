@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from bitwright.ir.text import parse
+from bitwright.passes._instruments import random_weights
 from bitwright.passes._pass import Context, Pass
 from bitwright.passes.registry import PASSES, describe, load
 
@@ -14,11 +18,18 @@ RANGES = {"x": (-1.0, 3.0), "h": (0.0, 2.0), "y": (-2.0, 2.0)}
 
 
 @pytest.mark.parametrize("name", [n for n in PASSES if n != "observe-ranges"])
-def test_docstring_rewrite(name: str, example: Callable[[type[Pass]], tuple[str, str]], check: Any) -> None:
+def test_docstring_rewrite(
+    name: str, example: Callable[[type[Pass]], tuple[str, str]], check: Any, inputs: Callable[..., Any]
+) -> None:
     cls = load(name)
     before, after = example(cls)
     tolerance = None if cls.lossy or cls.takes != cls.gives else 1e-5
-    check(cls(), before=before, after=after, context=Context(facts={"ranges": RANGES}), tolerance=tolerance)
+    context = Context(facts={"ranges": RANGES})
+    if "dense" in cls.needs:  # what a mask before it tells: the weights without their pattern
+        graph = parse(re.sub(r" nm<[^>]*>", "", textwrap.dedent(before).strip() + "\n"))
+        context.facts["dense"] = dict(random_weights(graph))
+        context.calibration = [inputs(graph, seed) for seed in range(4)]
+    check(cls(), before=before, after=after, context=context, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("name", list(PASSES))

@@ -14,6 +14,7 @@ from bitwright.ir.types import TensorType
 from bitwright.ir.weights import Array
 from bitwright.passes._layers import layer_of, stem
 from bitwright.passes._match import array, used_once
+from bitwright.passes._norms import Norm, known_norms
 from bitwright.passes._pass import Context, Pass
 
 
@@ -37,6 +38,8 @@ def fold_scale(op: ops.Op, weight: Array, bias: Array | None, scale: Array, shif
 class FoldBatchNorm(Pass):
     """Fold batch norm into the contraction before it; elsewhere spell it as mul and add.
 
+    What each norm knew about its result stays in ``facts["norms"]``.
+
     before:
         graph @g (%x: f32[1, 1, 2, 2]) -> (y = %y) level=graph {
           %w = constant {values=[2.0]} : f32[1, 1, 1, 1]
@@ -55,8 +58,11 @@ class FoldBatchNorm(Pass):
     """
 
     name: ClassVar[str] = "fold-batch-norm"
+    establishes: ClassVar[tuple[str, ...]] = ("norms",)
 
     def run(self, graph: Graph, context: Context) -> Graph:
+        norms = known_norms(context)
+
         def step(rw: Rewriter, node: Node) -> bool:
             if not isinstance(node.op, ops.BatchNorm):
                 return False
@@ -70,6 +76,7 @@ class FoldBatchNorm(Pass):
             if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
                 context.refuse(self.name, node.output, "its scale is not finite: a variance is zero or negative")
                 return False
+            norms[node.output] = Norm(gamma, beta, mean, variance, node.op.eps)
             before = graph.producers.get(node.inputs[0])
             why = _why_not(graph, before, node)
             if before is not None and not why and (why := _fold(rw, before, node, scale, shift)) == "":

@@ -29,10 +29,10 @@ def parameters(lo: float, hi: float, dtype: DType) -> tuple[float, int]:
     return scale, int(np.clip(round(dtype.lo - lo / scale), dtype.lo, dtype.hi))
 
 
-def quantize_weight(weight: Array) -> tuple[Array, Array]:
-    """s8 values in [-127, 127] and the f32 scale of each index of axis 0. Zeros stay zeros."""
+def quantize_weight(weight: Array, per_tensor: bool = False) -> tuple[Array, Array]:
+    """s8 values in [-127, 127] and the f32 scale of each index of axis 0, or the one scale. Zeros stay zeros."""
     w = weight.astype(np.float64)
-    scale = np.abs(w).max(axis=tuple(range(1, w.ndim)), initial=0.0) / 127
+    scale = np.abs(w).max(axis=None if per_tensor else tuple(range(1, w.ndim)), initial=0.0) / 127
     scale = np.where(scale < np.finfo(np.float32).tiny, 1.0, scale).astype(np.float32)
     q = np.round(w / scale.astype(np.float64).reshape(-1, *[1] * (w.ndim - 1)))
     return np.clip(q, -127, 127).astype(np.int8), scale
@@ -45,6 +45,8 @@ class Writer:
     graph: Graph
     regions: Regions
     dtype: DType
+    per_tensor: bool = False
+    """One scale for all of a weight instead of one for each output."""
     low: dict[str, str] = field(default_factory=dict)
     """New 8-bit value, and new dequantized value, by old value."""
     back: dict[str, str] = field(default_factory=dict)
@@ -104,8 +106,9 @@ class Writer:
         if old not in self.weights:
             source, g = self.graph.producers[old], self.graph
             key = stem(source.op.ref) if isinstance(source.op, ops.Weight) else old
-            q, scale = quantize_weight(g.constant(old))  # type: ignore[arg-type]
+            q, scale = quantize_weight(g.constant(old), self.per_tensor)  # type: ignore[arg-type]
             w = self.rw.weight(key, q, source.type.with_dtype(S8), name=key, origin=source.origin)
             s = self.rw.constant(scale, name=f"{key}.scale", origin=source.origin)
-            self.weights[old] = self.rw.emit(ops.Dequantize(axis=0), w, s, name=f"{key}.dq", origin=source.origin)
+            back = ops.Dequantize(axis=None if self.per_tensor else 0)
+            self.weights[old] = self.rw.emit(back, w, s, name=f"{key}.dq", origin=source.origin)
         return self.weights[old]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
@@ -19,6 +19,8 @@ from bitwright.passes.precision._regions import Range, Regions
 @dataclass(frozen=True)
 class QuantizeInt8(Pass):
     """Activations per tensor (asymmetric, zero exact), weights per output channel (symmetric, masks survive).
+
+    ``granularity=tensor`` gives each weight a single scale, for machines whose kernels know no other.
 
     Residual additions, pools and layout operators between quantized contractions stay integer too.
 
@@ -48,6 +50,7 @@ class QuantizeInt8(Pass):
     first: bool = True
     last: bool = True
     matmul: bool = False
+    granularity: Literal["channel", "tensor"] = "channel"
 
     def run(self, graph: Graph, context: Context) -> Graph:
         given = context.facts.get("ranges")
@@ -56,7 +59,7 @@ class QuantizeInt8(Pass):
         ranges = {k: v for k, v in given.items() if k in graph.types and all(map(math.isfinite, v))}
         layers = self._layers(graph, context, ranges)
         dtype = context.target.activation if context.target is not None else U8
-        return Writer(graph, Regions(graph, layers, ranges).plan(), dtype).write()
+        return Writer(graph, Regions(graph, layers, ranges).plan(), dtype, self.granularity == "tensor").write()
 
     def _layers(self, graph: Graph, context: Context, ranges: dict[str, Range]) -> dict[str, tuple[str, ...]]:
         """Operands to quantize by contraction; refusals for the others."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -82,7 +82,7 @@ def compile_command(
 
     [dim]bitwright compile model.onnx --recipe "nm-mask{pattern=2:4}, int8" --calibrate inputs.npz -o model.bw[/]
     """
-    from bitwright import cli_show, driver
+    from bitwright import cli_io, cli_show, driver
 
     out = output or model.with_suffix(".bw")
     if not out.parent.is_dir():
@@ -93,8 +93,8 @@ def compile_command(
         progress(f"reading {model.name}", 0.0)
         graph = _load(model)
         program = driver.compile(
-            graph, target=target, recipe=recipe, calibration=_calibration(calibrate, graph), threads=threads,
-            batch=batch, sizes=_sizes(size), dump=dump, measure=measure, progress=progress,
+            graph, target=target, recipe=recipe, calibration=cli_io.calibration(calibrate, graph), threads=threads,
+            batch=batch, sizes=cli_io.sizes(size), dump=dump, measure=measure, progress=progress,
         )  # fmt: skip
         program.save(out)
     cli_show.print_report(program.report, with_passes=False)
@@ -202,7 +202,7 @@ def verify(
     loaded, graph = _program(program), _load(model)
     arrays = cli_io.named(cli_io.load_arrays(input), [v.name for v in graph.inputs], str(input))
     chunk = cli_io.first_chunk(arrays, loaded)
-    data = _calibration(calibrate, graph)
+    data = cli_io.calibration(calibrate, graph)
     result = driver.verify(loaded, graph, chunk, bound=BOUND if bound is None else bound, calibration=data)
     cli_show.console().print(cli_show.comparison(result))
     if result.certificates:
@@ -263,7 +263,7 @@ def opt(
     loaded = cli_io.load_model(graph, weights)
     stop = int(stop_after) if stop_after and stop_after.isdigit() else stop_after
     done, report = driver.optimize(
-        loaded, passes, target=target, calibration=_calibration(calibrate, loaded), stop_after=stop, dump=dump,
+        loaded, passes, target=target, calibration=cli_io.calibration(calibrate, loaded), stop_after=stop, dump=dump,
         bisect=bisect,
     )  # fmt: skip
     if output:
@@ -275,6 +275,26 @@ def opt(
     errors = cli_show.console(stderr=True)
     for r in report.refusals:
         errors.print(f"refused: {r.pass_name} at {r.place}: {r.reason}", markup=False)
+
+
+@app.command()
+def mask(
+    model: Model,
+    layer: Annotated[str, typer.Argument(help="A layer as reports call it, such as encoder.fc1.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".png to write.")],
+    passes: Annotated[str, typer.Option("--passes", "-p", help="Passes to run first.")] = "detect-sparsity",
+    calibrate: Calibration = None,
+) -> None:
+    """Draw which weights of a layer are kept, as a PNG.
+
+    [dim]bitwright mask model.onnx fc1 --passes "nm-mask{pattern=2:4}" -o fc1.png[/]
+    """
+    from bitwright import cli_io, cli_show, driver
+    from bitwright.mask_picture import draw_mask
+
+    graph = _load(model)
+    done, _ = driver.optimize(graph, passes, calibration=cli_io.calibration(calibrate, graph))
+    cli_show.console().print(f"{draw_mask(done, layer, output)}; wrote {output}", markup=False)
 
 
 # --- what exists ---------------------------------------------------------------------------------------------
@@ -317,30 +337,6 @@ def _program(path: Path) -> Program:
     from bitwright.runtime.program import Program
 
     return Program.load(path)
-
-
-def _calibration(path: Path | None, graph: Graph) -> list[Any] | None:
-    """Calibration batches from a file or every file of a folder."""
-    from bitwright import cli_io
-
-    if path is None:
-        return None
-    names = [v.name for v in graph.inputs]
-    files = sorted(p for p in path.iterdir() if p.suffix in (".npz", ".npy")) if path.is_dir() else [path]
-    if not files:
-        raise InvalidInput(f"{path} holds no .npz or .npy file")
-    loaded = (cli_io.named(cli_io.load_arrays(f), names, str(f)) for f in files)
-    return [b for arrays in loaded for b in cli_io.batches(arrays, graph)]
-
-
-def _sizes(pairs: list[str] | None) -> dict[str, int] | None:
-    sizes = {}
-    for pair in pairs or []:
-        name, _, value = pair.partition("=")
-        if not name or not value.isdigit() or int(value) < 1:
-            raise InvalidInput(f"--size takes NAME=NUMBER, not {pair!r}")
-        sizes[name] = int(value)
-    return sizes or None
 
 
 @contextlib.contextmanager

@@ -161,3 +161,26 @@ def _load_exported(path: Path) -> Graph:
     except Exception as error:
         raise InvalidInput(f"{path} is not a readable torch.export archive: {error}") from error
     return driver.capture(program)
+
+
+def calibration(path: Path | None, graph: Graph) -> list[Any] | None:
+    """Calibration batches from a file or every file of a folder."""
+    if path is None:
+        return None
+    names = [v.name for v in graph.inputs]
+    files = sorted(p for p in path.iterdir() if p.suffix in (".npz", ".npy")) if path.is_dir() else [path]
+    if not files:
+        raise InvalidInput(f"{path} holds no .npz or .npy file")
+    loaded = (named(load_arrays(f), names, str(f)) for f in files)
+    return [b for arrays in loaded for b in batches(arrays, graph)]
+
+
+def sizes(pairs: list[str] | None) -> dict[str, int] | None:
+    """Symbolic sizes from NAME=NUMBER pairs; raises :class:`InvalidInput`."""
+    found = {}
+    for pair in pairs or []:
+        name, _, value = pair.partition("=")
+        if not name or not value.isdigit() or int(value) < 1:
+            raise InvalidInput(f"--size takes NAME=NUMBER, not {pair!r}")
+        found[name] = int(value)
+    return found or None

@@ -14,7 +14,7 @@ from bitwright.ir.types import NM
 
 CLOSE = 48
 """Rows and columns of the part that is shown weight by weight."""
-WHOLE = 512
+WHOLE = 1024
 """Cells a side of the picture of the whole layer; a larger layer is shown as the kept share of each cell."""
 Array = np.ndarray[Any, Any]
 

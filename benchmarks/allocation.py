@@ -63,7 +63,8 @@ def main() -> None:
 
     version = highspy.Highs().version()  # type: ignore[no-untyped-call]
     note = f"{args.choices} choices a layer, one thread; worst of {args.seeds} seeds and three budgets; wall clock."
-    text = tables.heading("Allocation", tables.environment({"highspy": str(version)}), note) + "\n" + "\n".join(lines) + "\n"
+    head = tables.heading("Allocation", tables.environment({"highspy": str(version)}), note)
+    text = f"{head}\n" + "\n".join(lines) + "\n"
     print(text)
     if args.write:
         (tables.RESULTS / "allocation.md").write_text(text)

@@ -10,19 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.weights import Array
+from bitwright.passes.precision._allocation_input import Rows, as_budget, column_sums, groups, tables, with_slack
 from bitwright.passes.precision._knapsack import solve
 
 Minimise = Literal["loss", "cost"]
-Rows = Sequence[Any] | Array
-"""One array of choices per layer."""
-SLACK = 1e-12
-"""Relative room of a budget for the rounding of sums: far below one byte in a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +71,19 @@ def allocate(
         raise InvalidInput(f"minimise is 'loss' or 'cost', not {minimise!r}")
     if not time_limit > 0:
         raise InvalidInput(f"time_limit is a number of seconds above zero, not {time_limit}")
-    loss, cost = _tables(losses, costs)
-    groups = _groups(ties, loss)
-    budget = _budget(budget)
+    loss, cost = tables(losses, costs)
+    tied = groups(ties, loss)
+    budget = as_budget(budget)
     value, weight = (loss, cost) if minimise == "loss" else (cost, loss)
-    values = [_total(value, g) for g in groups]
-    weights = [_total(weight, g) for g in groups]
+    values = [column_sums(value, g) for g in tied]
+    weights = [column_sums(weight, g) for g in tied]
     smallest = math.fsum(float(w.min()) for w in weights)
-    if smallest > _room(budget):
+    if smallest > with_slack(budget):
         what = "cost" if minimise == "loss" else "loss"
         raise InvalidInput(f"no allocation has a {what} of {budget:g} or less: the smallest possible is {smallest:.9g}")
-    found = solve(values, weights, _room(budget), time_limit)
+    found = solve(values, weights, with_slack(budget), time_limit)
     choice = [0] * len(loss)
-    for group, column in zip(groups, found.choice, strict=True):
+    for group, column in zip(tied, found.choice, strict=True):
         for layer in group:
             choice[layer] = column
     return _allocation(tuple(choice), loss, cost, found.bound, found.optimal, budget, minimise)
@@ -113,7 +110,7 @@ def pareto(
         budgets = np.linspace(low, high, int(points)).tolist() if points > 1 else [high]
     else:
         low = _ends(losses, costs, tied, time_limit)[0]
-        budgets = [b for b in sorted(map(_budget, points)) if low <= _room(b)]
+        budgets = [b for b in sorted(map(as_budget, points)) if low <= with_slack(b)]
     front: list[Allocation] = []
     for budget in budgets:
         a = allocate(losses, costs, budget, tied, time_limit=time_limit)
@@ -126,11 +123,11 @@ def pareto(
 
 def _ends(losses: Rows, costs: Rows, ties: tuple[tuple[int, ...], ...], time_limit: float) -> tuple[float, float]:
     """The smallest cost of all, and the smallest cost at the smallest loss."""
-    loss, cost = _tables(losses, costs)
-    groups = _groups(ties, loss)
+    loss, cost = tables(losses, costs)
+    tied = groups(ties, loss)
     low, high = [], []
-    for g in groups:
-        l, c = _total(loss, g), _total(cost, g)  # noqa: E741
+    for g in tied:
+        l, c = column_sums(loss, g), column_sums(cost, g)  # noqa: E741
         low.append(float(c.min()))
         high.append(float(c[l == l.min()].min()))
     return math.fsum(low), math.fsum(high)
@@ -148,82 +145,6 @@ def _allocation(
     bound = objective if optimal else min(bound, objective)
     gap = (objective - bound) / max(abs(objective), np.finfo(float).tiny)
     return Allocation(choice, total["loss"], total["cost"], bound, gap, budget, minimise)
-
-
-def _room(budget: float) -> float:
-    return budget + SLACK * abs(budget)
-
-
-def _total(rows: list[Array], group: tuple[int, ...]) -> Array:
-    """Sum over tied layers, column by column."""
-    return np.array([math.fsum(float(rows[i][c]) for i in group) for c in range(len(rows[group[0]]))])
-
-
-def _budget(value: Any) -> float:
-    try:
-        budget = float(value)
-    except (TypeError, ValueError) as e:
-        raise InvalidInput(f"a budget is a number, not {value!r}") from e
-    if math.isnan(budget):
-        raise InvalidInput("the budget is NaN")
-    return budget
-
-
-def _tables(losses: Rows, costs: Rows) -> tuple[list[Array], list[Array]]:
-    loss, cost = ([_row(what, i, r) for i, r in enumerate(rows)] for what, rows in (("loss", losses), ("cost", costs)))
-    if not loss:
-        raise InvalidInput("there are no layers: losses is empty")
-    if len(loss) != len(cost):
-        raise InvalidInput(f"losses has {len(loss)} layers, costs has {len(cost)}")
-    for i, (l, c) in enumerate(zip(loss, cost, strict=True)):  # noqa: E741
-        if len(l) != len(c):
-            raise InvalidInput(f"layer {i} has {len(l)} losses and {len(c)} costs: one of each per choice")
-        if c.min() < 0:
-            raise InvalidInput(
-                f"layer {i}: the cost of choice {int(c.argmin())} is {c.min():g}; costs are not negative"
-            )
-    return loss, cost
-
-
-def _row(what: str, layer: int, row: Any) -> Array:
-    try:
-        a = np.asarray(row.detach().cpu() if hasattr(row, "detach") else row, dtype=np.float64)
-    except (TypeError, ValueError) as e:
-        raise InvalidInput(f"layer {layer}: its {what} is not an array of numbers: {e}") from e
-    if a.ndim != 1 or not a.size:
-        raise InvalidInput(f"layer {layer}: its {what} is an array of shape {list(a.shape)}, not one number per choice")
-    if not np.isfinite(a).all():
-        bad = int(np.flatnonzero(~np.isfinite(a))[0])
-        raise InvalidInput(f"layer {layer}: the {what} of choice {bad} is {a[bad]}; leave the choice out instead")
-    return a
-
-
-def _groups(ties: Iterable[Iterable[int]], rows: list[Array]) -> list[tuple[int, ...]]:
-    """Layers that choose together, each layer in exactly one group; groups that share a layer become one."""
-    leader = list(range(len(rows)))
-
-    def find(i: int) -> int:
-        while leader[i] != i:
-            i = leader[i]
-        return i
-
-    for tie in ties:
-        members = [_index(i, len(rows)) for i in tie]
-        for i in members[1:]:
-            a, b = sorted((find(members[0]), find(i)))
-            if len(rows[a]) != len(rows[b]):
-                raise InvalidInput(f"layers {a} and {b} are tied but have {len(rows[a])} and {len(rows[b])} choices")
-            leader[b] = a
-    found: dict[int, list[int]] = {}
-    for i in range(len(rows)):
-        found.setdefault(find(i), []).append(i)
-    return [tuple(g) for g in found.values()]
-
-
-def _index(i: Any, layers: int) -> int:
-    if isinstance(i, bool) or not isinstance(i, int | np.integer) or not 0 <= i < layers:
-        raise InvalidInput(f"ties hold layer indices from 0 to {layers - 1}, not {i!r}")
-    return int(i)
 
 
 __all__ = ["Allocation", "allocate", "pareto"]

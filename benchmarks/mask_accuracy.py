@@ -3,7 +3,7 @@
     python benchmarks/mask_accuracy.py [--only digits|minilm] [--seeds 3] [--write]
 
 Columns: the mask alone on the trained weights (one-shot); then `reconstruct` on calibration data the accuracy is not
-measured on; then two epochs of sparse training in torch. Every graph goes through the passes a user would name and is
+measured on; then two epochs of sparse training in torch, the masks refreshed every step and frozen for the second. Every graph goes through the passes a user would name and is
 evaluated by the reference interpreter, so the figures are those of the masks, not of a number format. ``--write``
 keeps the tables in benchmarks/results/mask_accuracy.md and .json.
 """
@@ -136,8 +136,13 @@ def fine_tune(net: nn.Module, data: digits.Digits, row: Row, masks: Mapping[str,
         digits.apply_masks(net, dict(masks))
         digits.train(net, data, EPOCHS, RATE, lambda: digits.apply_masks(net, dict(masks)), lambda e, x: None)
         return net
-    trainer = bw.sparse_training(net, **row.training)
-    digits.train(net, data, EPOCHS, RATE, trainer.step, lambda e, x: None)
+    trainer = bw.sparse_training(net, **row.training, refresh_every=1)  # 21 steps an epoch: 40 would be one refresh
+
+    def epoch_over(epoch: int, loss: float) -> None:
+        if epoch == 0:
+            trainer.freeze()
+
+    digits.train(net, data, EPOCHS, RATE, trainer.step, epoch_over)
     trainer.finish()
     return net
 
@@ -244,11 +249,13 @@ def distil(module: nn.Module, row: Row, masks: Mapping[str, Tensor], batch: tupl
 
     target = torch.from_numpy(sentences.encode(module, batch))
     net = copy.deepcopy(module).train(False)
-    trainer = None if row.training is None else bw.sparse_training(net, **row.training, refresh_every=10)
+    trainer = None if row.training is None else bw.sparse_training(net, **row.training, refresh_every=1)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
     frozen = {n: m for n, m in masks.items() if n in dict(net.named_parameters())}
     torch.manual_seed(0)
-    for _ in range(EPOCHS):
+    for epoch in range(EPOCHS):
+        if trainer is not None and epoch == 1:
+            trainer.freeze()
         for part in torch.randperm(len(target)).split(16):
             ids, mask = (torch.from_numpy(v)[part] for v in batch)
             loss = 1 - (net(ids, mask) * target[part]).sum(1).mean()

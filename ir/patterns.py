@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from bitwright.ir.types import NM, Block, Codebook, Encoding, Unstructured
@@ -42,6 +44,39 @@ def violation(weight: Array, encoding: Encoding) -> str:
         count = len(np.unique(weight))
         return "" if count <= encoding.entries else f"{count} distinct values, at most {encoding.entries} allowed"
     return "" if not isinstance(encoding, Block) or weight.ndim >= 2 else "a block encoding needs two axes"
+
+
+def tightest_keeps(weight: Array, groups: Iterable[int], axis: int, block: int = 1) -> dict[int, int]:
+    """The smallest keep that holds for each group along ``axis``; groups that keep everything are left out.
+
+    With ``block`` the groups count blocks of so many elements. Groups longer than the axis are left out, a shorter
+    last group holds its share. Dense weights are given up after a few thousand elements. Groups up to 255.
+    """
+    rows = np.moveaxis(weight, axis, -1)
+    size = rows.shape[-1]
+    blocks, per_row = -(-size // block), max(1, rows[0].size) if len(rows) else 1
+    held = {g: 0 for g in groups if 1 < g <= blocks}
+    start, step = 0, max(1, _FIRST // per_row)
+    while held and start < len(rows):
+        kept: Array = np.ascontiguousarray(rows[start : start + step] != 0).reshape(-1, size)
+        kept = np.any(grouped(kept, 1, -1, block), (-1, -2)) if block > 1 else kept
+        ends = np.zeros((len(kept), blocks + 1), np.uint8)  # running counts; differences are right modulo 256
+        np.cumsum(kept, axis=-1, dtype=np.uint8, out=ends[:, 1:])
+        held = {g: k for g, least in held.items() if (k := max(least, _least_keep(ends, g))) < g}
+        start, step = start + step, max(1, _PIECE // per_row)
+    return {g: k for g, k in held.items() if k}
+
+
+_FIRST, _PIECE = 1 << 13, 1 << 20
+"""Elements looked at first and at a time."""
+
+
+def _least_keep(ends: Array, group: int) -> int:
+    """The smallest keep for rows with these running counts."""
+    marks, tail = ends[:, ::group], (ends.shape[1] - 1) % group
+    keep = int((marks[:, 1:] - marks[:, :-1]).max(initial=0))
+    last = int((ends[:, -1] - marks[:, -1]).max(initial=0)) if tail else 0
+    return max(keep, (last - 1) * group // tail + 1) if last else keep
 
 
 def _too_many(weight: Array, keep: int, group: int, axis: int, shared: int = 1, block: int = 1) -> str:

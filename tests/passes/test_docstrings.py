@@ -16,6 +16,8 @@ from bitwright.passes.registry import PASSES, describe, load
 
 RANGES = {"x": (-1.0, 3.0), "h": (0.0, 2.0), "y": (-2.0, 2.0)}
 
+NEED_DATA = ("smooth-quant", "correct-bias", "retune-norms")
+
 
 @pytest.mark.parametrize("name", [n for n in PASSES if n != "observe-ranges"])
 def test_docstring_rewrite(
@@ -28,6 +30,9 @@ def test_docstring_rewrite(
     if "dense" in cls.needs:  # what a mask before it tells: the weights without their pattern
         graph = parse(re.sub(r" nm<[^>]*>", "", textwrap.dedent(before).strip() + "\n"))
         context.facts["dense"] = dict(random_weights(graph))
+        context.calibration = [inputs(graph, seed) for seed in range(4)]
+    if name in NEED_DATA:
+        graph = parse(textwrap.dedent(before).strip() + "\n")
         context.calibration = [inputs(graph, seed) for seed in range(4)]
     check(cls(), before=before, after=after, context=context, tolerance=tolerance)
 

@@ -89,7 +89,9 @@ def _node_seconds(node: Node, body: Graph, target: Target, sparse: bool) -> tupl
     count = macs(node, body)
     if count:
         x, w = body.types[node.inputs[0]], body.types[node.inputs[1]]
-        rate = target.rate(x.dtype, w.dtype)
+        op = node.op
+        narrow = (op.partial, op.every) if isinstance(op, ops.IntLinear | ops.IntConv) else (None, 0)
+        rate = target.rate(x.dtype, w.dtype, *narrow)
         if not rate:
             return 2 * count / (2 * _GENERIC), 0.0
         gain, ideal = 1.0, 1.0

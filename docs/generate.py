@@ -11,7 +11,7 @@ from pathlib import Path
 from bitwright.cli_lists import sparse_text
 from bitwright.codegen.targets import BUILTIN
 from bitwright.ir import ops
-from bitwright.ir.target import Target
+from bitwright.ir.target import Rate, Target
 from bitwright.passes._pass import Pass
 from bitwright.passes._spec import show_option
 from bitwright.passes.pipelines import CANONICAL, RECIPES
@@ -85,12 +85,17 @@ def _target(t: Target) -> str:
         ("caches", caches),
         ("bandwidth", f"{units.size(t.memory_bandwidth)}/s from memory, {units.size(t.cache_bandwidth)}/s from cache"),
         ("activations of integer layers", str(t.activation)),
-        *((f"{r.x} x {r.w} to {r.acc}", units.rate(r.ops_per_second)) for r in t.rates),
+        *((_rate(r), units.rate(r.ops_per_second)) for r in t.rates),
         ("sparse patterns, gain over dense", sparse_text(t)),
         ("where the numbers come from", t.source),
     ]
     table = "\n".join(f"| {k} | {v} |" for k, v in rows)
     return f"## {t.name}\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _rate(r: Rate) -> str:
+    products = f"{r.x} x {r.w} to {r.acc}"
+    return f"{products}, sums of {r.terms} products and more" if r.terms > 1 else products
 
 
 def ops_page() -> str:

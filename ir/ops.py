@@ -253,12 +253,17 @@ class Attention(Op):
 
 @dataclass(frozen=True)
 class IntLinear(Op):
-    """Exact integer Linear without bias: sum over K of (x - x_zero) * w; the result's dtype is ``acc``."""
+    """Exact integer Linear without bias: sum over K of (x - x_zero) * w; the result's dtype is ``acc``.
+
+    ``partial``: a kernel may sum products x * w in this narrower format, for any ``every`` products of one output are
+    proved to fit it; the result is the same."""
 
     name = "int_linear"
     arity = (2, 2)
     x_zero: int = 0
     acc: DType = S32
+    partial: DType | None = None
+    every: int = 0
 
 
 @dataclass(frozen=True)
@@ -275,7 +280,8 @@ class IntMatMul(Op):
 
 @dataclass(frozen=True)
 class IntConv(Op):
-    """Exact integer Conv of (x - x_zero) and w, no bias; padding contributes nothing (x = x_zero)."""
+    """Exact integer Conv of (x - x_zero) and w, no bias; padding contributes nothing (x = x_zero); ``partial`` and
+    ``every`` as for int_linear."""
 
     name = "int_conv"
     arity = (2, 2)
@@ -286,6 +292,8 @@ class IntConv(Op):
     channels_last: bool = False
     x_zero: int = 0
     acc: DType = S32
+    partial: DType | None = None
+    every: int = 0
 
 
 # --- normalisation, softmax, pooling, reductions ------------------------------------------------------------
@@ -402,6 +410,22 @@ class TopK(Op):
     k: int = 1
     axis: int = -1
     largest: bool = True
+
+
+@dataclass(frozen=True)
+class UnbiasedMask(Op):
+    """x with at most ``keep`` of every ``group`` along ``axis`` left (a shorter last group: its share, rounded up), at
+    random, so that the expectation over draws is x; operands x, draw (s64[]). Certain entries stay, others become
+    x/probability. The random numbers of a group are Philox-4x32-10 of its number, the draw and the ``seed``; method
+    optimal (least variance) or, for keep 2, two-draw. A group with a NaN becomes NaN. Exact: ``mvue.py``."""
+
+    name = "unbiased_mask"
+    arity = (2, 2)
+    keep: int = 2
+    group: int = 4
+    axis: int = -1
+    seed: int = 0
+    method: str = "optimal"
 
 
 # --- shape and indexing --------------------------------------------------------------------------------------

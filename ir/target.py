@@ -16,12 +16,16 @@ Isa = Literal["avx512-vnni", "avx-vnni", "avx2", "portable"]
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Peak multiply-accumulate speed of one operand pair: operations (2 per MAC) per second and core."""
+    """Peak multiply-accumulate speed of one operand pair: operations (2 per MAC) per second and core.
+
+    ``terms`` above 1: ``acc`` holds partial sums only, of at least so many products, that are added to s32 ones.
+    """
 
     x: DType
     w: DType
     acc: DType
     ops_per_second: float
+    terms: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +72,33 @@ class Target:
             raise InvalidInput(f"target {self.name}: vector_bits must be 64, 128, 256 or 512, not {self.vector_bits}")
         if not self.rates:
             raise InvalidInput(f"target {self.name}: at least one rate is needed")
-        if len({(r.x, r.w, r.acc) for r in self.rates}) != len(self.rates):
+        if len({(r.x, r.w, r.acc, r.terms) for r in self.rates}) != len(self.rates):
             raise InvalidInput(f"target {self.name}: two rates for the same operands")
         for s in self.sparse:
             if not 0 < s.gain <= s.group / s.keep * 1.5:
                 raise InvalidInput(f"target {self.name}: {s.keep}:{s.group} cannot gain {s.gain} times")
 
-    def rate(self, x: DType, w: DType) -> float:
-        """Operations per second of a dense contraction; 0.0 when the target has none for these operands."""
-        return max((r.ops_per_second for r in self.rates if (r.x, r.w) == (x, w)), default=0.0)
+    def rate(self, x: DType, w: DType, partial: DType | None = None, terms: int = 0) -> float:
+        """Operations per second of a dense contraction; 0.0 when the target has none for these operands.
+
+        ``partial`` and ``terms``: the format of partial sums and how many products they may take.
+        """
+        same = [r for r in self.rates if (r.x, r.w) == (x, w)]
+        full = max((r.ops_per_second for r in same if r.terms == 1), default=0.0)
+        return max((r.ops_per_second for r in same if r.acc == partial and 1 < r.terms <= terms), default=full)
 
     def sparse_gain(self, x: DType, pattern: NM) -> float:
         """Expected speed over dense of a pattern, counted in elements as the kernels see it (blocks multiplied out).
 
-        A pattern that is not declared is expected to reach the share of its ideal group/keep that the nearest
-        declared one of this format reaches; 0.0 when none is declared.
+        A pattern that is not declared is expected to reach the share of its ideal group/keep that a declared one of
+        this format reaches: of the next larger group, since wider selections are slower or impossible. 0.0 when no
+        declared group is as large.
         """
         keep, group = pattern.keep * pattern.block, pattern.group * pattern.block
-        same = [s for s in self.sparse if s.x == x]
+        same = [s for s in self.sparse if s.x == x and s.group >= group]
         if not same:
             return 0.0
-        near = min(same, key=lambda s: (abs(s.group - group), abs(s.keep - keep)))
+        near = min(same, key=lambda s: (s.group, abs(s.keep - keep)))
         return near.gain * near.keep / near.group * group / keep
 
     @property

@@ -7,7 +7,7 @@ those of the kernels in ``codegen/tvm/contract`` over the dense kernel of the sa
 from __future__ import annotations
 
 from bitwright.ir.target import Rate, SparseRate, Target
-from bitwright.ir.types import F32, S8, S32, U8, DType
+from bitwright.ir.types import F32, S8, S16, S32, U8, DType
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -24,8 +24,9 @@ def _gains(*values: float) -> dict[tuple[int, int], float]:
     return dict(zip(_PATTERNS, values, strict=True))
 
 
-_AVX512_INT8 = _gains(1.37, 1.37, 2.69, 2.70, 2.69, 5.26, 5.31, 9.62)
-_AVX512_F32 = _gains(1.37, 1.37, 2.62, 2.60, 2.61, 5.54, 5.53, 10.9)
+# Groups above 16 on 128x768x1344 (2026-11-21): a selection of bytes reaches 64 activations, one of floats 16.
+_AVX512_INT8 = _gains(1.37, 1.37, 2.69, 2.70, 2.69, 5.26, 5.31, 9.62) | {(4, 32): 5.62, (8, 64): 5.58}
+_AVX512_F32 = _gains(1.37, 1.37, 2.62, 2.60, 2.61, 5.54, 5.53, 10.9) | {(4, 32): 0.27, (8, 64): 0.20}
 _YMM_INT8 = _gains(1.39, 1.39, 2.77, 2.77, 2.77, 2.77, 2.77, 2.77)
 _AVX2_F32 = _gains(1.36, 1.36, 2.55, 2.54, 0.23, 4.58, 0.47, 0.94)
 _AVX_VNNI_F32 = _gains(1.21, 1.21, 2.38, 2.39, 0.24, 4.56, 0.46, 0.94)
@@ -53,12 +54,19 @@ AVX_VNNI = Target(
     activation=U8, source="measured on one Zen 5 core, 4.1 GHz, 256-bit code",
 )  # fmt: skip
 
+# pmaddubsw and paddw, widened with pmaddwd once in so many products; 128x3072x768, one thread (2026-11-21), where
+# pmaddubsw and pmaddwd at every step reach 250. benchmarks/accumulators.py measures the same through the pipeline.
+_AVX2_S16 = tuple(
+    Rate(U8, S8, S16, speed, terms)
+    for terms, speed in ((4, 325e9), (6, 355e9), (8, 370e9), (16, 390e9), (32, 400e9), (128, 420e9))
+)
+
 AVX2 = Target(
     name="x86-avx2", kind="cpu", isa="avx2", mcpu="haswell",
     features=("avx2", "fma"), vector_bits=256, vector_registers=16,
     l1_bytes=32 * KIB, l2_bytes=1 * MIB, l3_bytes=16 * MIB, cores=1,
     memory_bandwidth=30e9, cache_bandwidth=80e9, vector_ops_per_second=32e9, launch_seconds=3e-8,
-    rates=(Rate(U8, S8, S32, 200e9), Rate(F32, F32, F32, 125e9)),
+    rates=(Rate(U8, S8, S32, 200e9), Rate(F32, F32, F32, 125e9), *_AVX2_S16),
     sparse=_sparse(U8, _YMM_INT8) + _sparse(F32, _AVX2_F32),
     activation=U8, source="measured on one Zen 5 core, 4.1 GHz, AVX2 code",
 )  # fmt: skip

@@ -15,9 +15,9 @@ from bitwright.codegen.tvm.epilogue import PointwiseEpilogue
 from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
-from bitwright.ir.patterns import violation
+from bitwright.ir.patterns import tightest_keeps, violation
 from bitwright.ir.target import Target
-from bitwright.ir.types import F32, NM, S8, U8, TensorType
+from bitwright.ir.types import F32, NM, S8, S16, U8, TensorType
 from bitwright.ir.weights import Array
 
 _PAYS = 1.05
@@ -69,7 +69,9 @@ class Contract(Template):
         epilogue = PointwiseEpilogue(body, root, target.isa)
         if why := epilogue.refusal():
             return Refused(f"epilogue: {why}")
-        knobs = contract.knobs(spec, isa, weight)
+        narrow = getattr(root.op, "partial", None) == S16
+        knobs = contract.knobs(spec, isa, weight, narrow=narrow)
+        reason += _sums(spec, knobs, isa) if narrow else ""
         tasks, scratch, packed = _extent(spec, knobs)
         x, w = position[root.inputs[0]], position[root.inputs[1]]
         operands = [Arg("input", x), *([Arg("input", w)] if spec.right != "constant" else [])]
@@ -96,11 +98,12 @@ class Contract(Template):
         return contract.emit(config.spec, config.knobs, PointwiseEpilogue(body, root, config.isa), symbol).primfunc
 
     def kernel_body(self, body: Graph) -> Graph:
-        """The body without the zero point, which is folded into packed constants: more layers share a kernel."""
+        """The body without what is in packed constants or in the knobs (the zero point, the length of partial sums):
+        more layers share a kernel."""
         root = root_of(body)
-        if root is None or not getattr(root.op, "x_zero", 0):
+        if root is None or not isinstance(root.op, ops.IntLinear | ops.IntConv):
             return body
-        plain = replace(root, op=replace(root.op, x_zero=0))  # type: ignore[call-arg]
+        plain = replace(root, op=replace(root.op, x_zero=0, partial=None, every=0))
         return replace(body, nodes=tuple(plain if n is root else n for n in body.nodes))
 
     def verify(self, body: Graph, config: Config, constants: Mapping[str, Array], packed: list[Array]) -> str:
@@ -114,6 +117,15 @@ class Contract(Template):
             return "the packed weights do not unpack to the weights"
         pattern = body.inputs[config.weight].type.encoding
         return violation(again.reshape(weight.shape), pattern) if pattern else ""
+
+
+def _sums(spec: ContractSpec, knobs: Knobs, isa: str) -> str:
+    """What became of the wish for 16-bit sums, for the report."""
+    if terms := contract.terms_between_spills(spec, knobs):
+        return f"; s16 sums, spilled every {terms} terms (proved from the packed weights)"
+    if isa != "avx2":
+        return f"; s32 sums: {isa} has no faster products with 16-bit sums"
+    return "; s32 sums: in the kernel's order too few terms fit 16 bits"
 
 
 def _initial(config: ContractConfig, weight: Array, body: Graph, constants: Mapping[str, Array]) -> Array:
@@ -146,12 +158,27 @@ def _with_pattern(
     if nm.axis % declared.rank != 1:
         return spec, f"runs dense: {label} lies along axis {nm.axis}, not along the reduction"
     sparse = replace(spec, pattern=NM(nm.keep, nm.group, 1, block=nm.block))
-    if why := contract.supports(sparse, target.isa):
+    why, gain = contract.supports(sparse, target.isa), target.sparse_gain(spec.input_dtype, nm)
+    if not why and gain >= _PAYS:
+        return sparse, f"{label} kernel, expected {gain:.2g}x over dense"
+    if (wider := _wider(spec, weight, target)) is not None:
+        gain = target.sparse_gain(spec.input_dtype, wider)
+        text = (
+            f"{wider.keep}:{wider.group} kernel for {label} weights, which obey both, expected {gain:.2g}x over dense"
+        )
+        return replace(spec, pattern=wider), text
+    if why:
         return spec, f"runs dense: no {label} kernel here ({why})"
-    gain = target.sparse_gain(spec.input_dtype, nm)
-    if gain < _PAYS:
-        return spec, f"runs dense: {label} would gain only {gain:.2f}x on {target.name}"
-    return sparse, f"{label} kernel, expected {gain:.2g}x over dense"
+    return spec, f"runs dense: {label} would gain only {gain:.2f}x on {target.name}"
+
+
+def _wider(spec: ContractSpec, weight: Array, target: Target) -> NM | None:
+    """The fastest pattern of the target that the weights obey as well, if it pays."""
+    groups = {s.group for s in target.sparse if s.x == spec.input_dtype}
+    held = [NM(keep, group, 1) for group, keep in sorted(tightest_keeps(weight, groups, 1).items())]
+    ready = [nm for nm in held if not contract.supports(replace(spec, pattern=nm), target.isa)]
+    best = max(ready, key=lambda nm: target.sparse_gain(spec.input_dtype, nm), default=None)
+    return best if best is not None and target.sparse_gain(spec.input_dtype, best) >= _PAYS else None
 
 
 def _spec_of(body: Graph, root: Node, constants: Mapping[str, Array]) -> ContractSpec | Refused:

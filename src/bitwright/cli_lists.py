@@ -19,7 +19,7 @@ def targets() -> None:
 
 def target_row(t: Target) -> tuple[str, ...]:
     """Name, vector width, best dense speed of one core, sparse patterns with their gain, source."""
-    best = max(t.rates, key=lambda r: r.ops_per_second)
+    best = max((r for r in t.rates if r.terms == 1), key=lambda r: r.ops_per_second)
     gains = sparse_text(t)
     peak = f"{units.rate(best.ops_per_second)} {best.x}x{best.w}"
     return t.name, f"{t.vector_bits} bit", peak, gains, t.source

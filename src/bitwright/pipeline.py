@@ -13,6 +13,7 @@ from bitwright.passes._instruments import Diff, Dump, Instrument
 from bitwright.passes._manager import Pipeline, PipelineReport, run_pipeline
 from bitwright.passes._pass import Context, Pass
 from bitwright.passes.accumulators.bound_accumulators import BoundAccumulators
+from bitwright.passes.accumulators.lower_accumulators import LowerAccumulators
 from bitwright.passes.lowering.channels_last import ChannelsLast
 from bitwright.passes.lowering.fold_views import FoldViews
 from bitwright.passes.lowering.fuse import Fuse
@@ -57,7 +58,7 @@ def lower(
 ) -> Lowered:
     """Run everything down to the kernel level; a graph of a lower level gets only what is left to do."""
     context = Context(target, calibration, progress)
-    backend = (ChannelsLast(), FoldViews(), BoundAccumulators(), Fuse())
+    backend = (ChannelsLast(), FoldViews(), BoundAccumulators(), LowerAccumulators(), Fuse())
     if graph.level == "graph":
         pipeline = standard(recipe) + backend
     else:

@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.codegen.tvm.contract.choose import default_knobs as knobs
-from bitwright.codegen.tvm.contract.choose import is_depthwise, pairs_are_safe, supports
+from bitwright.codegen.tvm.contract.choose import (
+    is_depthwise,
+    pairs_are_safe,
+    supports,
+    terms_between_spills,
+    unsafe_sums,
+)
 from bitwright.codegen.tvm.contract.depthwise import emit_depthwise, pack_depthwise, unpack_depthwise
 from bitwright.codegen.tvm.contract.emit import contraction, emit_packed
 from bitwright.codegen.tvm.contract.epilogue import Epilogue, EpilogueParam, StoreAcc
@@ -36,6 +42,7 @@ __all__ = [
     "pack",
     "pairs_are_safe",
     "supports",
+    "terms_between_spills",
     "unpack",
 ]
 
@@ -51,8 +58,10 @@ def pack(
     _check(spec, knobs)
     if spec.right != "constant":
         raise InvalidInput("a run-time right operand has nothing to pack")
-    if knobs.safe_pairs and not pairs_are_safe(spec, weight):
+    if knobs.safe_pairs and not knobs.spill and not pairs_are_safe(spec, weight):
         raise InvalidInput("these weights can saturate pmaddubsw: use knobs without safe_pairs")
+    if knobs.spill and (why := unsafe_sums(spec, knobs, weight)):
+        raise InvalidInput(why)
     if is_depthwise(spec):
         arrays = pack_depthwise(spec, knobs, np.asarray(weight, spec.weight_dtype.numpy))
     else:

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from bitwright.codegen.tvm.contract.depthwise import MAX_TAPS, height_of
 from bitwright.codegen.tvm.contract.engine import engine_of
-from bitwright.codegen.tvm.contract.packing import to_runs
+from bitwright.codegen.tvm.contract.narrow import any_pair_fits, safe_steps, spill_of, terms_of
 from bitwright.codegen.tvm.contract.plan import Plan, plan_of
 from bitwright.codegen.tvm.contract.spec import LANES, ContractSpec, Conv, Isa, Knobs, Matrix, image_of
+from bitwright.codegen.tvm.contract.tile import UNROLLED
+from bitwright.ir.errors import InvalidInput
 
 TASKS = 32
 """Tasks a kernel should offer, so that a few threads can share it evenly."""
@@ -28,6 +30,8 @@ _TILES = {  # (rows, vectors) of the register tile: dense, sparse
     ("f32", "portable"): ((2, 2), (2, 1)),
 }
 _SAFE_PAIRS_TILE = (2, 4)
+_SHORT_SUMS_TILE = (2, 2)
+"""For 16-bit sums of two or three steps, which are unrolled: partial and final sums are in registers together."""
 _ROWS_512 = {1: (4,), 2: (8, 7, 6), 3: (5, 4), 4: (4,)}
 """Good numbers of rows per number of vectors on AVX-512, best first."""
 PREFETCH_BYTES = 768 * 1024
@@ -83,28 +87,46 @@ def _too_large(spec: ContractSpec) -> str | None:
 
 
 def pairs_are_safe(spec: ContractSpec, weight: NDArray[Any]) -> bool:
-    """Whether pmaddubsw cannot saturate, whatever the activations.
+    """Whether pmaddubsw cannot saturate, whatever the activations: for the pairs as they are packed (depthwise, where
+    pairs depend on the tile: for any two weights)."""
+    return _safe_steps(spec, weight, 1) > 0
 
-    Dense: for the pairs as they are packed. Sparse and depthwise, where pairs depend on the pattern or on the
-    tile: for any two weights.
+
+def _safe_steps(spec: ContractSpec, weight: NDArray[Any], most: int) -> int:
+    """Consecutive steps, up to ``most``, whose sums fit 16 bits; depthwise kernels sum single pairs only."""
+    if is_depthwise(spec):
+        return 1 if any_pair_fits(spec, weight) else 0
+    return safe_steps(spec, contraction_plan(spec, Knobs("avx2", 1, 1, safe_pairs=True)), weight, most)
+
+
+def contraction_plan(spec: ContractSpec, knobs: Knobs) -> Plan:
+    """The order of the products under these knobs; raises :class:`InvalidInput` when the pattern has none."""
+    engine = engine_of(spec, knobs)
+    plan = plan_of(spec, engine.quad, engine.selector)
+    if isinstance(plan, str):
+        raise InvalidInput(plan)
+    return plan
+
+
+def default_knobs(spec: ContractSpec, isa: Isa, weight: NDArray[Any] | None = None, *, narrow: bool = False) -> Knobs:
+    """The register tile to start from.
+
+    ``weight`` lets AVX2 use pmaddubsw where that is proven exact; ``narrow`` lets it keep sums in 16 bits for as long
+    as they are proven to fit.
     """
-    runs = to_runs(spec, weight).astype(np.int64)
-    up, down = np.maximum(runs, 0), np.minimum(runs, 0)
-    if spec.sparsity is None and not is_depthwise(spec):
-        if runs.shape[-1] % 2:
-            up, down = (np.pad(v, [(0, 0)] * 3 + [(0, 1)]) for v in (up, down))
-        up, down = (v.reshape(*v.shape[:-1], -1, 2).sum(-1) for v in (up, down))
-        return bool(up.max(initial=0) * 255 <= 32767 and down.min(initial=0) * 255 >= -32768)
-    return bool(2 * up.max(initial=0) * 255 <= 32767 and 2 * down.min(initial=0) * 255 >= -32768)
-
-
-def default_knobs(spec: ContractSpec, isa: Isa, weight: NDArray[Any] | None = None) -> Knobs:
-    """The register tile to start from. ``weight`` lets AVX2 use pmaddubsw where that is proven exact."""
-    safe = isa == "avx2" and spec.element == "u8s8" and weight is not None and pairs_are_safe(spec, weight)
+    steps, most = 0, spec.depth if narrow else 1
+    if isa == "avx2" and spec.element == "u8s8" and weight is not None:
+        steps = _safe_steps(spec, weight, most)
+    compact, spill, safe = spec.rows <= COMPACT_ROWS, 0, steps > 0
     if is_depthwise(spec) and isinstance(spec.geometry, Conv):
         quad = engine_of(spec, Knobs(isa, 1, 1)).quad
         return Knobs(isa, 2 if quad == 1 else 4, height_of(spec.geometry, quad), safe_pairs=safe)
     rows, vectors = _SAFE_PAIRS_TILE if safe else _TILES[spec.element, isa][1 if spec.pattern else 0]
+    if narrow and safe:
+        plan = contraction_plan(spec, Knobs(isa, 1, 1, safe_pairs=True, compact=compact))
+        spill = spill_of(plan, steps)
+        if spill and spill * len(plan.block.steps) < UNROLLED:
+            rows, vectors = _SHORT_SUMS_TILE
     needed = ceil(spec.cols // spec.groups / LANES[isa])
     if isa == "avx512-vnni" and not spec.pattern:
         rows, vectors = _dense_512(spec, needed)
@@ -116,7 +138,24 @@ def default_knobs(spec: ContractSpec, isa: Isa, weight: NDArray[Any] | None = No
         rows = min(rows, spec.geometry.rows)
         panels, most = panels * spec.geometry.batch, spec.geometry.rows // REPACK_ROWS
     blocks = max(1, min(ceil(TASKS / panels), most))
-    return Knobs(isa, rows, vectors, blocks, safe, spec.rows <= COMPACT_ROWS, _prefetch_pays(spec, isa, rows))
+    return Knobs(isa, rows, vectors, blocks, safe, compact, _prefetch_pays(spec, isa, rows), spill)
+
+
+def unsafe_sums(spec: ContractSpec, knobs: Knobs, weight: NDArray[Any]) -> str:
+    """Why the 16-bit sums of these knobs are not exact for these weights; the empty string if they are."""
+    if knobs.isa != "avx2" or spec.element != "u8s8" or is_depthwise(spec) or not knobs.safe_pairs:
+        return "16-bit sums need the pairs of u8 x s8 products that AVX2 kernels with safe_pairs make"
+    plan = contraction_plan(spec, knobs)
+    needed = min(knobs.spill * len(plan.block.steps), plan.steps)
+    steps = _safe_steps(spec, weight, needed)
+    if steps >= needed:
+        return ""
+    return f"16-bit sums of {needed} steps can overflow with these weights: only {steps} are safe"
+
+
+def terms_between_spills(spec: ContractSpec, knobs: Knobs) -> int:
+    """Products that a 16-bit sum takes before it is added to a 32-bit one; 0 without 16-bit sums."""
+    return terms_of(contraction_plan(spec, knobs), knobs.spill) if knobs.spill else 0
 
 
 def _prefetch_pays(spec: ContractSpec, isa: Isa, rows: int) -> bool:

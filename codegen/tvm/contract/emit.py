@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from bitwright.codegen.tvm.contract.choose import contraction_plan
 from bitwright.codegen.tvm.contract.engine import Engine, engine_of
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
 from bitwright.codegen.tvm.contract.nest import Nest, nest_of
 from bitwright.codegen.tvm.contract.packing import Layout, packed_sizes
 from bitwright.codegen.tvm.contract.padding import emit_padded, padded_elements
-from bitwright.codegen.tvm.contract.plan import Plan, plan_of
+from bitwright.codegen.tvm.contract.plan import Plan
 from bitwright.codegen.tvm.contract.spec import (
     ContractSpec,
     Conv,
@@ -23,7 +24,6 @@ from bitwright.codegen.tvm.contract.spec import (
 )
 from bitwright.codegen.tvm.contract.tile import LINE, Place, Streams, TileWriter
 from bitwright.codegen.tvm.tir import Builder, Index, choose, minimum, width
-from bitwright.ir.errors import InvalidInput
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,7 @@ class Contraction:
 
 def contraction(spec: ContractSpec, knobs: Knobs) -> Contraction:
     """Resolve engine, plan and layout; raises when the pattern has no plan."""
-    engine = engine_of(spec, knobs)
-    plan = plan_of(spec, engine.quad, engine.selector)
-    if isinstance(plan, str):
-        raise InvalidInput(plan)
+    engine, plan = engine_of(spec, knobs), contraction_plan(spec, knobs)
     layout = Layout(engine.lanes, knobs.vectors, engine.index_dtype, engine.index_quad)
     return Contraction(spec, knobs, engine, plan, layout)
 
@@ -74,7 +71,14 @@ def emit_packed(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str)
         emit_padded(b, geometry, image_of(geometry), x, padded, spec.pad_value, first, last)
         x = padded
     writer = TileWriter(
-        b, made.engine, made.plan, runs_of(spec), Streams(x, weights, indices, init), epilogue, pointers
+        b,
+        made.engine,
+        made.plan,
+        runs_of(spec),
+        Streams(x, weights, indices, init),
+        epilogue,
+        pointers,
+        knobs.spill,
     )
     emitter = _Emitter(made, writer, nest)
     tasks = spec.groups * len(made.panels) * nest.blocks

@@ -114,8 +114,16 @@ class PairBytes(Bytes):
     """pmaddubsw and pmaddwd by one. Exact only when no pair of products leaves 16 bits."""
 
     def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
+        return self.widen(acc, self.partial(None, a, w))
+
+    def partial(self, sums: Vec | None, a: Operand, w: Operand) -> Vec:
+        """The 16-bit sums, two for each lane of the accumulator, with the pairs of one step added."""
         pairs = call(x86.VPMADDUBSW_256, a[0], w[0])
-        return acc + call(x86.VPMADDWD_256, pairs, const(1, S16, 16))
+        return pairs if sums is None else sums + pairs
+
+    def widen(self, acc: Vec, sums: Vec) -> Vec:
+        """acc + the two 16-bit sums of every lane."""
+        return acc + call(x86.VPMADDWD_256, sums, const(1, S16, 16))
 
 
 @dataclass(frozen=True)

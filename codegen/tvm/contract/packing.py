@@ -114,20 +114,34 @@ def packed_sizes(spec: ContractSpec, plan: Plan, layout: Layout) -> tuple[int, i
 
 def pack_weights(spec: ContractSpec, plan: Plan, layout: Layout, weight: Array, mask: Array | None) -> list[Array]:
     """Packed weights and, if sparse, packed indices."""
+    weights, indices = _in_steps(spec, plan, weight, mask)
+    streams = [weights] if indices is None else [weights, _pack_indices(plan, layout, *indices)]
+    return [_interleave(layout, spec.cols // spec.groups, stream) for stream in streams]
+
+
+def in_steps(spec: ContractSpec, plan: Plan, weight: Array, mask: Array | None = None) -> Array:
+    """The weights as the plan consumes them: [groups, outputs per group, runs, steps, quad], zeros where there is none.
+
+    Raises :class:`InvalidInput` for weights that do not follow the pattern.
+    """
+    return _in_steps(spec, plan, weight, mask)[0]
+
+
+def _in_steps(
+    spec: ContractSpec, plan: Plan, weight: Array, mask: Array | None
+) -> tuple[Array, tuple[Array, Array] | None]:
+    """The weights by step, and if sparse the position of each in its group and which slots exist."""
     dense = to_runs(spec, np.asarray(weight, spec.weight_dtype.numpy))
-    cols = spec.cols // spec.groups
     if not plan.sparse:  # consecutive activations: the slots in order, zeros behind the end
         pad = plan.steps * plan.quad - plan.length
-        steps = np.pad(dense, [(0, 0)] * 3 + [(0, pad)]).reshape(*dense.shape[:3], plan.steps, plan.quad)
-        return [_interleave(layout, cols, steps)]
+        return np.pad(dense, [(0, 0)] * 3 + [(0, pad)]).reshape(*dense.shape[:3], plan.steps, plan.quad), None
     kept = dense != 0 if mask is None else to_runs(spec, np.asarray(mask, bool))
     if np.any(dense[~kept] != 0):
         raise InvalidInput("a weight outside the mask is not zero")
     values, positions = _compact(plan, dense, kept)
     group, nth, real = _slots(plan)
     weights = np.where(real, values[..., group, nth], np.zeros((), values.dtype))
-    indices = _pack_indices(plan, layout, positions[..., group, nth], real)
-    return [_interleave(layout, cols, weights), _interleave(layout, cols, indices)]
+    return weights, (positions[..., group, nth], real)
 
 
 def _pack_indices(plan: Plan, layout: Layout, positions: Array, real: Array) -> Array:

@@ -172,7 +172,8 @@ class Knobs:
     ``rows`` x ``vectors`` accumulators; ``row_blocks``: tasks that share a weight panel; ``safe_pairs``: the
     weights are proven not to saturate pmaddubsw; ``compact``: pack byte indices in time on 256-bit vectors too
     (fewer bytes to stream, more instructions); ``prefetch``: while few rows pass over a weight panel, fetch the
-    next one. ``rows``, ``row_blocks`` and ``prefetch`` do not change the packed weights.
+    next one; ``spill``: sums are kept in 16 bits and added to the accumulators every so many blocks of the plan
+    (0: every product is). ``rows``, ``row_blocks``, ``prefetch`` and ``spill`` do not change the packed weights.
     """
 
     isa: Isa
@@ -182,6 +183,7 @@ class Knobs:
     safe_pairs: bool = False
     compact: bool = False
     prefetch: bool = False
+    spill: int = 0
 
 
 @dataclass(frozen=True, slots=True)

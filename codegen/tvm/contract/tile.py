@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 
-from bitwright.codegen.tvm.contract.engine import Engine, Generic, Operand
+from bitwright.codegen.tvm.contract.engine import Engine, Generic, Operand, PairBytes
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
 from bitwright.codegen.tvm.contract.plan import Block, Plan, Step
 from bitwright.codegen.tvm.contract.spec import Runs
 from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Register, Vec, const, width
+from bitwright.ir.types import S16
 
 LINE = 64
 """Bytes of a cache line."""
+UNROLLED = 4
+"""From so many steps on, a loop between two spills of 16-bit sums is kept as a loop."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class TileWriter:
     streams: Streams
     epilogue: Epilogue
     pointers: Mapping[str, Pointer]
+    spill: int = 0
 
     def tile(self, place: Place) -> None:
         """Initialise, reduce, hand the accumulators to the epilogue."""
@@ -89,6 +93,8 @@ class _Tile:
     writer: TileWriter
     place: Place
     acc: list[list[Register]]
+    sums: list[list[Register]] = field(default_factory=list)
+    """16-bit partial sums of the chunk at hand, if the kernel has them."""
 
     @property
     def weight_step(self) -> int:
@@ -121,11 +127,37 @@ class _Tile:
             x = [i + k * block.advance for i in at.x]
             return Cursor(x, at.weights + k * weights, at.indices + k * indices)
 
-        if plan.full:
-            with self.writer.b.loop(plan.full, name="k") as k:
-                self._block(block, moved(k))
-        if plan.tail:
-            self._block(plan.tail, moved(plan.full))
+        def blocks(first: Index, count: int) -> None:
+            long = self.writer.spill and count * len(block.steps) >= UNROLLED
+            with self.writer.b.loop(_kept(self.writer.b, count) if long else count, name="k") as k:
+                self._block(block, moved(first + k))
+
+        b, chunk = self.writer.b, self.writer.spill or plan.full or 1
+        whole, rest = divmod(plan.full, chunk)
+        if whole == 1:
+            self._spilled(lambda: blocks(0, chunk))
+        elif whole:
+            with b.loop(_kept(b, whole), name="chunk") as c:
+                start = b.index(c * chunk)
+                self._spilled(lambda: blocks(start, chunk))
+        if rest:
+            self._spilled(lambda: blocks(whole * chunk, rest))
+        if tail := plan.tail:
+            self._spilled(lambda: self._block(tail, moved(plan.full)))
+
+    def _spilled(self, emit: Callable[[], None]) -> None:
+        """Emit part of the reduction; if sums are partial ones, start them at zero before it and add them up after."""
+        if not self.writer.spill:
+            emit()
+            return
+        b, engine = self.writer.b, self.writer.engine
+        assert isinstance(engine, PairBytes)
+        zero = const(0, S16, 2 * engine.lanes)
+        self.sums[:] = [[b.register(S16, 2 * engine.lanes, zero, "sums") for _ in row] for row in self.acc]
+        emit()
+        for row, sums in zip(self.acc, self.sums, strict=True):
+            for acc, part in zip(row, sums, strict=True):
+                acc.set(engine.widen(acc.get(), part.get()))
 
     def _block(self, block: Block, at: Cursor) -> None:
         writer, engine = self.writer, self.writer.engine
@@ -174,8 +206,13 @@ class _Tile:
                 self._mac(i, j, a, w)
 
     def _mac(self, i: int, j: int, a: Operand, w: Operand) -> None:
-        acc = self.acc[i][j]
-        acc.set(self.writer.engine.mac(acc.get(), a, w))
+        engine = self.writer.engine
+        if self.writer.spill and isinstance(engine, PairBytes):
+            sums = self.sums[i][j]
+            sums.set(engine.partial(sums.get(), a, w))
+        else:
+            acc = self.acc[i][j]
+            acc.set(engine.mac(acc.get(), a, w))
 
     def _weights(self, at: Cursor, j: int) -> Operand:
         engine = self.writer.engine
@@ -216,3 +253,9 @@ class _Tile:
         writer, lanes = self.writer, self.writer.engine.lanes
         valid = min(lanes, self.place.cols - j * lanes)
         writer.epilogue.store(writer.b, writer.pointers, writer.b.let(acc), row, self.place.col + j * lanes, valid)
+
+
+def _kept(b: Builder, count: int) -> Index:
+    """The count of a loop that LLVM shall not unroll: it would put off the widening of every chunk to the last one and
+    run out of registers. ``begin`` is never negative, which LLVM cannot know."""
+    return count + (b.begin >> 31)

@@ -1,0 +1,122 @@
+"""What observe-ranges keeps of each value: extremes and histograms, for the tensor and for its channels or groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitwright.ir import ops
+from bitwright.ir.errors import InvalidInput
+from bitwright.ir.graph import Graph
+from bitwright.ir.weights import Array
+from bitwright.passes.precision._histogram import Histogram
+
+if TYPE_CHECKING:
+    import torch
+
+_SPATIAL = (ops.Conv, ops.ConvTranspose, ops.BatchNorm, ops.GroupNorm, ops.MaxPool, ops.AvgPool)
+
+
+def channel_axis(graph: Graph, value: str) -> int:
+    """1 for what spatial operators make or read (the last axis where they are channels-last), else the last axis."""
+    near = [n for n in (graph.producers.get(value), *graph.users.get(value, ())) if n is not None]
+    spatial = [n for n in near if isinstance(n.op, _SPATIAL)]
+    rank = graph.types[value].rank
+    return 1 if spatial and rank > 2 and not getattr(spatial[0].op, "channels_last", False) else rank - 1
+
+
+@dataclass
+class Observed:
+    """The ranges of one value, all of it (``rows`` 1) or row by row."""
+
+    rows: int
+    counted: bool
+    """True when a histogram is kept, not only extremes."""
+    lo: torch.Tensor | None = None
+    hi: torch.Tensor | None = None
+    histogram: Histogram | None = None
+
+    def add(self, values: torch.Tensor) -> bool:
+        """Take in [rows, n] values; infinite ones make the range infinite. False: they have NaN."""
+        import torch
+
+        lo, hi = values.aminmax(dim=1)
+        if bool(lo.isnan().any()):
+            return False
+        self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
+        self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
+        if self.counted and bool((lo > -torch.inf).all() and (hi < torch.inf).all()):
+            self.histogram = self.histogram or Histogram(self.rows)
+            self.histogram.add(values)
+        return True
+
+    def range(self, method: str, percent: float, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lower and upper ends, [rows]."""
+        import torch
+
+        assert self.lo is not None
+        assert self.hi is not None
+        infinite = not bool(torch.isfinite(self.lo).all() and torch.isfinite(self.hi).all())
+        if self.histogram is None or infinite:
+            return self.lo, self.hi
+        if method == "percentile":
+            return self.histogram.range(percent)
+        return self.histogram.mse(steps) if method == "mse" else self.histogram.entropy(steps)
+
+
+@dataclass
+class Ranges:
+    """Observes every float value of a graph; with ``per`` channel or group, the operands of contractions in parts."""
+
+    graph: Graph
+    method: str
+    per: str
+    group: int
+    tensors: dict[str, Observed] = field(default_factory=dict)
+    parts: dict[str, Observed] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        contractions = (ops.Linear, ops.Conv, ops.ConvTranspose, ops.MatMul)
+        read = [x for n in self.graph.nodes if isinstance(n.op, contractions) for x in n.inputs[:2]]
+        self.operands = {x for x in read if not self.graph.is_constant(x)} if self.per != "tensor" else set()
+
+    def see(self, name: str, value: torch.Tensor, batch: int) -> None:
+        """Take in a value of a batch; raises :class:`InvalidInput` for NaN."""
+        if not value.is_floating_point() or not value.numel():
+            return
+        value, counted = value.detach().float(), self.method != "minmax"
+        if not self.tensors.setdefault(name, Observed(1, counted)).add(value.reshape(1, -1)):
+            raise InvalidInput(f"%{name} has NaN in calibration batch {batch}: check the model and the data")
+        if name in self.operands and value.dim():
+            rows = self._rows(name, value)
+            self.parts.setdefault(name, Observed(len(rows), counted)).add(rows)
+
+    def _rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        rows = value.movedim(channel_axis(self.graph, name), 0).flatten(1)
+        if self.per == "channel":
+            return rows
+        rows = torch.nn.functional.pad(rows.T, (0, -len(rows) % self.group), mode="replicate").T  # repeats a channel
+        return rows.reshape(-1, self.group * rows.shape[1])
+
+    def found(self, percent: float, steps: int) -> dict[str, tuple[float, float]]:
+        """The range of each value."""
+        out = {}
+        for name, seen in self.tensors.items():
+            lo, hi = seen.range(self.method, percent, steps)
+            out[name] = float(lo), float(hi)
+        return out
+
+    def found_parts(self, percent: float, steps: int) -> dict[str, tuple[Array, Array]]:
+        """The range of each channel or group of the operands of contractions, f32 arrays."""
+        out = {}
+        for name, seen in self.parts.items():
+            lo, hi = seen.range(self.method, percent, steps)
+            out[name] = np.asarray(lo, np.float32), np.asarray(hi, np.float32)
+        return out
+
+
+__all__ = ["Ranges", "channel_axis"]

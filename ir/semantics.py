@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from bitwright.ir import ops
 from bitwright.ir.semantics_index import INDEX_MEANING
+from bitwright.ir.semantics_random import RANDOM_MEANING
 from bitwright.ir.types import BF16, DType
 
 Tensor = torch.Tensor
@@ -378,6 +379,7 @@ MEANING: dict[type[ops.Op], Meaning] = {
     ops.Softmax: _softmax, ops.MaxPool: _max_pool, ops.AvgPool: _avg_pool, ops.Reduce: _reduce,
     ops.Region: _region,
     **INDEX_MEANING,
+    **RANDOM_MEANING,
 }  # fmt: skip
 
 __all__ = ["BINARY", "MEANING", "REDUCE", "UNARY", "Meaning", "torch_dtype"]

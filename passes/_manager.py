@@ -128,7 +128,7 @@ class _Run:
             raise self.failed(index, p, graph, e) from e
         seconds = time.perf_counter() - start
         after = after if changed else graph
-        measured, why_not = self.error.of(after, p) if changed and p.lossy else (None, "")
+        measured, why_not = self.error.of(after, p, self.context.calibration) if changed and p.lossy else (None, "")
         notes = [why_not] if why_not else []
         told, kept = len(self.context.remarks) - remarked, len(self.context.refusals) - refused
         notes += [f"{told} remark{'s' if told > 1 else ''}"] if told else []

@@ -48,8 +48,8 @@ class OutputError:
         self.reference, self.calibration = reference, calibration
         self.want: tuple[torch.Tensor, ...] | None = None
 
-    def of(self, graph: Graph, p: Pass) -> tuple[float | None, str]:
-        """(error, "") or (None, why it was not measured)."""
+    def of(self, graph: Graph, p: Pass, calibration: Sequence[Batch] = ()) -> tuple[float | None, str]:
+        """(error, "") or (None, why it was not measured); ``calibration`` fits a graph that got further inputs."""
         if not self.calibration:
             return None, "output error not measured: no calibration data"
         batch = self.calibration[0]
@@ -61,7 +61,7 @@ class OutputError:
             if cost > MAC_LIMIT:
                 return None, f"output error not measured: a batch costs {cost / 1e9:.0f} G multiply-accumulates"
             self.want = evaluate(self.reference, batch)
-        return relative_rms(evaluate(graph, batch), self.want), ""
+        return relative_rms(evaluate(graph, (calibration or self.calibration)[0]), self.want), ""
 
 
 __all__ = ["MAC_LIMIT", "OutputError", "macs", "relative_rms"]

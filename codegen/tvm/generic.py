@@ -25,6 +25,7 @@ from bitwright.codegen.tvm.generic_nest import (
     run_topk,
     sort_bytes,
 )
+from bitwright.codegen.tvm.generic_random import mask_bytes
 from bitwright.codegen.tvm.generic_rows import ROWS, scores_bytes
 from bitwright.codegen.tvm.pointwise import needs_exact, why_unsupported
 from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
@@ -150,6 +151,8 @@ def _scratch(body: Graph, root: Node | None) -> int:
         return sort_bytes(root.op, shapes[0][root.op.axis])
     if isinstance(root.op, ops.Attention):
         return scores_bytes(shapes)
+    if isinstance(root.op, ops.UnbiasedMask):
+        return mask_bytes(root.op, shapes[0])
     if isinstance(root.op, SCATTERS) and body.outputs != (root.output,):
         return max(math.prod(shapes[0]) * width(root.type.dtype), 1)
     return 0

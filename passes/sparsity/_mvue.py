@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from bitwright.ir.errors import InvalidInput
+from bitwright.ir.mvue import Method, inclusion, sparse_groups, two_draw_inclusion
 from bitwright.ir.types import NM
 from bitwright.passes.sparsity._magnitude import check_axis, floats, share
 
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 
-ROUNDING = 1e-12
-"""A probability this near to one is one."""
+PIECE = 1 << 16
+"""Elements worked on at a time: they stay in the caches."""
 
 
 def mvue_mask(
@@ -22,7 +23,7 @@ def mvue_mask(
     group: int,
     axis: int = -1,
     generator: torch.Generator | None = None,
-    method: Literal["optimal", "two-draw"] = "optimal",
+    method: Method = "optimal",
     name: str = "values",
 ) -> torch.Tensor:
     """Values with at most ``keep`` non-zeros in every ``group`` along ``axis``, whose expectation is ``values``.
@@ -30,7 +31,8 @@ def mvue_mask(
     Element i is kept with probability p_i and then becomes a_i/p_i. ``optimal``: p_i = min(1, c|a_i|), the least
     variance there is. ``two-draw`` (keep 2): two draws without replacement in proportion to |a_i|, at most twice
     that variance. A shorter last group keeps its share rounded up. Raises :class:`InvalidInput` for integers, NaN
-    and infinities. Equal generator states give equal results; without one, torch's own is used.
+    and infinities. Equal generator states give equal results; without one, torch's own is used. The arithmetic is
+    that of the ``unbiased_mask`` operator (``ir/mvue.py``), whose random numbers are counted instead.
     """
     import torch
 
@@ -46,16 +48,23 @@ def mvue_mask(
     parts = []
     for part, n in ((a[..., :full], group), (a[..., full:], size % group)):
         if part.numel():
-            groups = part.reshape(-1, n).double()
-            top = groups.abs().amax(-1, keepdim=True)
-            unit = groups.abs() / torch.where(top > 0, top, 1.0)
             kept = share(keep, group, n)
-            two = method == "two-draw" and kept == 2
-            p, chosen = _two_draw(unit, generator) if two else _optimal(unit, kept, generator)
-            scaled = torch.where(p < 1.0, groups / torch.where(p > 0, p, 1.0), groups)
-            parts.append(torch.where(chosen & (groups != 0), scaled, 0.0).reshape(part.shape))
+            pieces = [_sparse(g, kept, method, generator) for g in torch.split(part.reshape(-1, n), PIECE // n)]
+            parts.append(torch.cat(pieces).reshape(part.shape))
     out = torch.cat(parts, -1) if parts else a
-    return _cast(out, values.dtype).movedim(-1, axis)
+    return _cast(torch.where(out == 0, 0.0, out), values.dtype).movedim(-1, axis)
+
+
+def _sparse(groups: torch.Tensor, kept: int, method: Method, generator: torch.Generator | None) -> torch.Tensor:
+    """Float64 groups [groups, n] with ``kept`` of each left."""
+    import torch
+
+    groups = groups.double()
+    _, top = torch.frexp(groups.abs().amax(-1, keepdim=True))
+    top = top.clamp(-1000, 1000)  # scaling by a power of two rounds nothing
+    u = torch.rand((len(groups), 2 if method == "two-draw" else 1), generator=generator, dtype=torch.float64)
+    unit = sparse_groups(torch.ldexp(groups.abs(), -top), kept, method, u)
+    return torch.copysign(torch.ldexp(unit, top), groups)
 
 
 def _cast(out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -66,62 +75,4 @@ def _cast(out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out.clamp(-limit, limit).to(dtype)
 
 
-def inclusion(a: torch.Tensor, keep: int) -> torch.Tensor:
-    """p_i = min(1, c a_i) with sum ``keep`` for magnitudes [groups, n]: water-filling, at most ``keep`` clamps."""
-    import torch
-
-    sure = torch.zeros_like(a, dtype=torch.bool)
-    for _ in range(keep):
-        rest = torch.where(sure, 0.0, a)
-        c = (keep - sure.sum(-1, keepdim=True)) / rest.sum(-1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
-        reached = sure | (rest * c >= 1.0 - ROUNDING)
-        if torch.equal(reached, sure):
-            break
-        sure = reached
-    rest = torch.where(sure, 0.0, a)
-    c = (keep - sure.sum(-1, keepdim=True)) / rest.sum(-1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
-    return torch.where(sure, 1.0, (rest * c).clamp(max=1.0))
-
-
-Sample = tuple["torch.Tensor", "torch.Tensor"]
-"""Probabilities and what was chosen."""
-
-
-def _optimal(a: torch.Tensor, keep: int, generator: torch.Generator | None) -> Sample:
-    """Systematic sampling: one uniform number a group; chosen where an integer falls in the running sum."""
-    import torch
-
-    p = inclusion(a, keep)
-    sure = p >= 1.0
-    ends = torch.where(sure, 0.0, p).cumsum(-1)
-    ends[:, -1] = ends[:, -1].round()  # the sum is an integer but for rounding: never one element more
-    u = torch.rand((len(a), 1), generator=generator, dtype=torch.float64)
-    passed = torch.floor(ends + u)
-    hit = torch.diff(passed, dim=-1, prepend=torch.zeros_like(u)) > 0
-    return p, hit | sure
-
-
-def two_draw_inclusion(a: torch.Tensor) -> torch.Tensor:
-    """p_i that one of two draws without replacement, in proportion to magnitudes [groups, n], takes i."""
-    import torch
-
-    n = a.shape[-1]
-    others = a @ (1.0 - torch.eye(n, dtype=a.dtype))  # sums without the element: nothing cancels
-    total = a.sum(-1, keepdim=True)
-    t = a / torch.where(total > 0, total, 1.0)
-    second = t / torch.where(others > 0, others, 1.0) * (others > 0)
-    return (t + a * (second @ (1.0 - torch.eye(n, dtype=a.dtype)))).clamp(max=1.0)
-
-
-def _two_draw(a: torch.Tensor, generator: torch.Generator | None) -> Sample:
-    import torch
-
-    p, left = two_draw_inclusion(a), a
-    kept = torch.zeros_like(a, dtype=torch.bool)
-    for _ in range(2):
-        ends = left.cumsum(-1)
-        u = torch.rand((len(a), 1), generator=generator, dtype=torch.float64)
-        drawn = (ends <= u * ends[:, -1:]).sum(-1, keepdim=True).clamp(max=a.shape[-1] - 1)
-        kept.scatter_(-1, drawn, True)
-        left = torch.where(kept, 0.0, left)
-    return p, kept
+__all__ = ["inclusion", "mvue_mask", "two_draw_inclusion"]

@@ -31,6 +31,7 @@ from bitwright.ir.target import Target
 from bitwright.ir.text import show
 from bitwright.ir.types import symbols_of
 from bitwright.ir.work import macs
+from bitwright.passes._pass import Price
 from bitwright.pipeline import Lowered, lower
 from bitwright.runtime.artifact import Contents
 from bitwright.runtime.manifest import Manifest, Result, StepRow, TensorSpec
@@ -55,12 +56,13 @@ def assemble(
     progress: Progress | None = None,
     measure: bool = False,
     began: float = 0.0,
+    price: Price | None = None,
 ) -> Program:
     """Compile ``graph`` for ``target``; see :func:`bitwright.compile` for the arguments and errors."""
     _refuse_broken(graph)
     symbol, notes = batch_symbol(graph, batch)
     calibration = fit_batches(graph, calibration)
-    done = lower(graph, recipe, target, calibration, dump=dump, progress=progress)
+    done = lower(graph, recipe, target, calibration, dump=dump, progress=progress, price=price)
     sizes = dict.fromkeys(graph.symbols, batch)
     bound = bind_graph(done.graph, sizes) if sizes else done.graph
     _refuse_empty(bound)
@@ -71,7 +73,7 @@ def assemble(
         bound, target, rows=rows, row_inputs=row_bytes[:split], row_outputs=row_bytes[split:],
         cache=cache, workers=workers, progress=progress,
     )  # fmt: skip
-    errors = layer_errors(graph, done.quantized, calibration)
+    errors = layer_errors(graph, done.quantized, calibration, done.context.calibration)
     report = _report(graph, target, built, done, errors)
     report.notes += [*notes, *built.notes]
     report.figures = {
@@ -91,7 +93,7 @@ def assemble(
     manifest = manifest.model_copy(update={"certificates": proofs})
     contents = Contents(manifest, show(built.graph), built.library, built.weights, report.to_json())
     program = Program(contents, threads=threads)
-    return with_measured(program, example_inputs(program, calibration)) if measure else program
+    return with_measured(program, example_inputs(program, done.context.calibration)) if measure else program
 
 
 def batch_symbol(graph: Graph, batch: int) -> tuple[str, list[str]]:

@@ -12,10 +12,13 @@ from bitwright.ir.interpret import evaluate
 _ROWS = 4
 
 
-def layer_errors(graph: Graph, quantized: Graph | None, calibration: Sequence[Any]) -> dict[str, float]:
+def layer_errors(
+    graph: Graph, quantized: Graph | None, calibration: Sequence[Any], extended: Sequence[Any] = ()
+) -> dict[str, float]:
     """Relative RMS error of every value both graphs compute, on a few rows of the first calibration batch.
 
-    The error is what has accumulated up to that value. Empty without calibration data.
+    The error is what has accumulated up to that value. Empty without calibration data. ``extended``: the batches with
+    values for the inputs that passes added.
     """
     if quantized is None or not calibration:
         return {}
@@ -42,5 +45,6 @@ def layer_errors(graph: Graph, quantized: Graph | None, calibration: Sequence[An
             if norm > 0:
                 out[name] = float(torch.linalg.vector_norm(value - want)) / norm
 
-    evaluate(quantized, batch, observe=compare)
+    more = len(quantized.inputs) > len(graph.inputs)
+    evaluate(quantized, extended[0] if more else batch, observe=compare)
     return out

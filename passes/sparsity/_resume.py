@@ -46,7 +46,7 @@ class Store:
         file = self._file(layer)
         damaged = f"{file.name} is damaged and was ignored"
         try:
-            with np.load(file, allow_pickle=False) as saved:
+            with file.open("rb") as f, np.load(f, allow_pickle=False) as saved:
                 if str(saved["key"]) != key:
                     return ""
                 facts = json.loads(str(saved["facts"]))

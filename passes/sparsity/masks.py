@@ -60,10 +60,14 @@ def nm_mask(
     mask. A shorter last group keeps its proportional share, rounded up. Raises :class:`InvalidInput` for
     integers, NaN and infinities, quoting ``name``.
     """
+    import torch
+
     nm = NM(keep, group, axis, shared, block)
     check_axis(weight, axis, name)
     score = floats(weight, name).abs().movedim(axis, -1)
     size = score.shape[-1]
+    if not score.numel():
+        return torch.zeros(weight.shape, dtype=torch.bool)
     kept = share_rows(in_blocks(score, block), shared, lambda s: largest(s, nm, size))
     kept = kept.repeat_interleave(block, -1)[..., :size] if block > 1 else kept
     return kept.movedim(-1, axis)
@@ -83,12 +87,14 @@ def fixed_count_mask(
 
     Unstructured(count, per, axis, block)
     if count < 1:
-        raise InvalidInput(f"{name}: a fixed count is at least 1")
+        raise InvalidInput(f"{name}: a fixed count needs 1 <= count <= per, got {count} per {per}")
     check_axis(weight, axis, name)
     score = floats(weight, name).abs().movedim(axis, -1)
     size = score.shape[-1]
+    if not score.numel():
+        return torch.zeros(weight.shape, dtype=torch.bool)
     score = in_blocks(score, block)
-    if per > max(1, score.shape[-1]):
+    if per > score.shape[-1]:
         what = f"blocks of {block}" if block > 1 else "elements"
         raise InvalidInput(f"{name} has {score.shape[-1]} {what} along axis {axis}, fewer than per={per}")
     kept = torch.empty(score.shape, dtype=torch.bool)

@@ -35,7 +35,7 @@ class Cost:
 def weight_bytes(t: TensorType, isa: str = "avx512-vnni") -> float:
     """Bytes of a weight as its kernel stores it: N:M weights carry their kept values and packed indices.
 
-    8-bit weights take 2 or 4 bits an index with AVX-512 and a byte elsewhere, f32 ones 4 bits (a byte in scalar code).
+    8-bit weights take 2 to 8 bits an index with AVX-512 and a byte elsewhere, f32 ones 4 bits (a byte in scalar code).
     """
     dense = t.size * max(1, t.dtype.bits) / 8
     if not isinstance(t.encoding, NM):
@@ -44,7 +44,8 @@ def weight_bytes(t: TensorType, isa: str = "avx512-vnni") -> float:
     if t.dtype.bits > 8:
         index_bits = 8 if isa == "portable" else 4
     elif isa == "avx512-vnni":
-        index_bits = 2 if t.encoding.group <= 4 else 4
+        span = t.encoding.group * t.encoding.block
+        index_bits = 2 if span <= 4 else 4 if span <= 16 else 8
     else:
         index_bits = 8
         kept = max(kept, t.size / 4) if isa != "portable" else kept  # at least one of every four is stored

@@ -54,10 +54,11 @@ def test_a_gathered_table_costs_the_rows_that_are_read() -> None:
     assert cost_of(body, TARGET).bytes == 2 * 8 * 64 * 4 + 8 * 8
 
 
-def test_gains_are_declared_ones_or_the_nearest_share() -> None:
+def test_gains_are_declared_ones_or_the_share_of_the_next_larger_group() -> None:
     avx2 = BUILTIN["x86-avx2"]
     declared = {(str(s.x), s.keep, s.group): s.gain for s in avx2.sparse}
     assert avx2.sparse_gain(F32, NM(4, 16, 1)) == pytest.approx(declared["f32", 4, 16])
     assert avx2.sparse_gain(F32, NM(1, 4, 1, block=4)) == pytest.approx(declared["f32", 4, 16])  # the same elements
     assert avx2.sparse_gain(U8, NM(8, 16, 1)) == pytest.approx(declared["u8", 4, 16] / 2)
-    assert avx2.sparse_gain(S8, NM(2, 4, 1)) == 0.0
+    assert avx2.sparse_gain(F32, NM(3, 9, 1)) == pytest.approx(declared["f32", 4, 16] / 4 * 3)  # beyond 8 lanes
+    assert avx2.sparse_gain(U8, NM(4, 32, 1)) == avx2.sparse_gain(S8, NM(2, 4, 1)) == 0.0  # nothing as wide, no rate

@@ -8,9 +8,13 @@ from typing import Any, ClassVar
 
 from bitwright.ir.graph import Graph, Level
 from bitwright.ir.target import Target
+from bitwright.ir.types import NM
 from bitwright.ir.weights import Array
 
 Batch = Sequence[Array] | Mapping[str, Array]
+Price = Callable[[Graph, str, int, NM | None, bool], tuple[float, str]]
+"""Seconds of one contraction, and where the figure is from. Arguments: a graph without symbols, the contraction's value,
+bits of its weights (32: float), their pattern, and whether to measure rather than to predict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,8 @@ class Context:
     """Model inputs, a few batches; empty when the user gave none."""
     progress: Callable[[str, float], None] | None = None
     """Called with a label and a fraction on long work."""
+    price: Price | None = None
+    """Set by the driver when there is a target."""
     refusals: list[Refusal] = field(default_factory=list)
     remarks: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
     """(pass, place, facts) for the report, e.g. ("nm-mask", "fc1", {"kept": 0.91})."""

@@ -14,6 +14,9 @@ RECIPES: Mapping[str, str] = {
     "none": "",
     "float": "",
     "int8": "observe-ranges, quantize-int8",
+    "sparse": "nm-mask{pattern=2:4}, reconstruct",
+    "sparse-int8": "nm-mask{pattern=2:4}, reconstruct, observe-ranges, quantize-int8",
+    "transposable": "transposable-mask{pattern=4:8}, reconstruct",
 }
 """Names a user may write for a list of passes."""
 

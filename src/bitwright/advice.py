@@ -64,28 +64,42 @@ def _reason(node: Node, graph: Graph, gains: dict[str, float]) -> str:
 
 def _variants(node: Node, body: Graph, target: Target) -> Iterator[tuple[str, Graph]]:
     """The layer in int8, dense and with every pattern that fits its reduction and has a kernel."""
+    low = integer_form(node, body, target, None)
+    if low is None:
+        return
+    yield "int8", low
+    depth = int(body.types[node.inputs[1]].shape[1])
+    for keep, group in PATTERNS:
+        encoding = NM(keep, group, 1)
+        fits = depth % group == 0 and getattr(node.op, "groups", 1) == 1
+        if fits and target.sparse_gain(target.activation, encoding) > 1.0:
+            sparse = integer_form(node, body, target, encoding)
+            assert sparse is not None
+            yield f"int8 {keep}:{group}", sparse
+
+
+def integer_form(node: Node, body: Graph, target: Target, encoding: NM | None) -> Graph | None:
+    """The body of a linear layer or convolution in integers, its weight with a pattern; None without such a kernel."""
     op = node.op
     if isinstance(op, ops.Linear):
         low: ops.Op = ops.IntLinear()
     elif isinstance(op, ops.Conv):
         low = ops.IntConv(op.stride, op.padding, op.dilation, op.groups, op.channels_last)
     else:
-        return
+        return None
     if not target.rate(target.activation, S8):
-        return
+        return None
     x, w = node.inputs[:2]
-    types = body.types
-    depth = int(types[w].shape[1])
-    result = node.type.with_dtype(S32)
-    for keep, group in ((0, 0), *PATTERNS):
-        encoding = NM(keep, group, 1) if group else None
-        if encoding is not None:
-            if depth % group or getattr(op, "groups", 1) != 1 or target.sparse_gain(target.activation, encoding) <= 1.0:
-                continue
-        inputs = (
-            Value(x, types[x].with_dtype(target.activation)),
-            Value(w, types[w].with_dtype(S8).with_encoding(encoding)),
-        )
-        node8 = Node(low, (x, w), node.outputs, (result,))
-        name = "int8" if encoding is None else f"int8 {keep}:{group}"
-        yield name, Graph("body", inputs, (node8,), node.outputs, node.outputs, level="integer")
+    inputs = (
+        Value(x, body.types[x].with_dtype(target.activation)),
+        Value(w, body.types[w].with_dtype(S8).with_encoding(encoding)),
+    )
+    node8 = Node(low, (x, w), node.outputs, (node.type.with_dtype(S32),))
+    return Graph("body", inputs, (node8,), node.outputs, node.outputs, level="integer")
+
+
+def with_pattern(node: Node, body: Graph, encoding: NM) -> Graph:
+    """The float body with a pattern on the weight."""
+    w = node.inputs[1]
+    inputs = tuple(Value(v.name, v.type.with_encoding(encoding)) if v.name == w else v for v in body.inputs)
+    return replace(body, inputs=inputs)

@@ -74,6 +74,9 @@ def compile_command(
     threads: Threads = 1,
     batch: Annotated[int, typer.Option(min=1, help="Rows computed at once of a model with a symbolic batch.")] = 1,
     size: Annotated[list[str] | None, typer.Option("--size", help="Fix a symbolic size: --size seq=128.")] = None,
+    budget: Annotated[
+        str, typer.Option(help="Of a recipe that assigns precision: size=0.16, latency=0.5, latency=2ms, loss=0.01.")
+    ] = "",
     dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this folder.")] = None,
     measure: Annotated[bool, typer.Option(help="Time every layer once compiled.")] = True,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
@@ -94,7 +97,7 @@ def compile_command(
         graph = _load(model)
         program = driver.compile(
             graph, target=target, recipe=recipe, calibration=cli_io.calibration(calibrate, graph), threads=threads,
-            batch=batch, sizes=cli_io.sizes(size), dump=dump, measure=measure, progress=progress,
+            batch=batch, sizes=cli_io.sizes(size), dump=dump, measure=measure, progress=progress, budget=budget,
         )  # fmt: skip
         program.save(out)
     cli_show.print_report(program.report, with_passes=False)

@@ -132,9 +132,10 @@ def optimize(
     from bitwright.passes._manager import run_pipeline
     from bitwright.passes._pass import Context
     from bitwright.passes._spec import parse_passes
+    from bitwright.prices import Prices
 
     machine = resolve(target) if target is not None else None
-    context = Context(machine, batches(calibration), progress)
+    context = Context(machine, batches(calibration), progress, Prices(machine) if machine is not None else None)
     listed = parse_passes(passes) if isinstance(passes, str) else tuple(passes)
     instruments = [Dump(Path(dump))] if dump else []
     return run_pipeline(graph, listed, context, instruments=instruments, stop_after=stop_after, bisect_limit=bisect)
@@ -155,21 +156,24 @@ def compile(
     workers: int | None = None,
     progress: Progress | None = None,
     measure: bool = False,
+    budget: str = "",
 ) -> Program:
     """Compile a model into a :class:`Program`.
 
     ``model``: ``torch.nn.Module`` (with ``example_inputs``), ``ExportedProgram``, :class:`Graph`, ONNX path or
     ``ModelProto``. ``recipe``: ``"float"``, ``"int8"`` or a pass list such as ``"nm-mask{pattern=2:4}, int8"``.
     ``calibration``: inputs for passes that need them. ``batch``: rows computed at once of a model with a symbolic
-    batch (any number may be passed to the program); ``sizes`` fixes symbols. Raises :class:`Unsupported` with every
+    batch (any number may be passed to the program); ``sizes`` fixes symbols. ``budget``, such as ``"size=0.16"`` or
+    ``"latency=0.5"``, is that of the recipe's ``assign-precision``. Raises :class:`Unsupported` with every
     problem at once, :class:`InvalidInput` for bad arguments.
     """
     from bitwright.assemble import assemble
+    from bitwright.prices import Prices
 
     began = time.perf_counter()
     _whole("threads", threads, 1024)
     _whole("batch", batch)
-    recipe = _recipe(recipe)
+    recipe = _recipe(recipe, budget)
     machine = resolve(target)
     graph = to_graph(model, example_inputs)
     if sizes:
@@ -182,6 +186,7 @@ def compile(
     return assemble(
         graph, machine, recipe, batches(calibration), threads=threads, batch=batch, dump=dump,
         cache=Cache(cache_dir), workers=workers, progress=progress, measure=measure, began=began,
+        price=Prices(machine),
     )  # fmt: skip
 
 
@@ -192,16 +197,26 @@ def _whole(name: str, value: object, most: int = 1 << 31) -> None:
         raise InvalidInput(f"{name} must be at least 1{f' and at most {most}' if value > 1 else ''}, not {value}")
 
 
-def _recipe(recipe: Recipe) -> Recipe:
+def _recipe(recipe: Recipe, budget: str) -> Recipe:
+    """The recipe, checked; with a budget its ``assign-precision`` passes get it."""
+    from dataclasses import replace
+
     from bitwright.passes._pass import Pass
+    from bitwright.passes._spec import parse_passes
+    from bitwright.passes.precision.assign_precision import AssignPrecision
 
     if isinstance(recipe, str):
-        return recipe
-    listed = tuple(recipe) if isinstance(recipe, Iterable) else (recipe,)
+        listed: tuple[Any, ...] = parse_passes(recipe)
+    else:
+        listed = tuple(recipe) if isinstance(recipe, Iterable) else (recipe,)
     for p in listed:
         if not isinstance(p, Pass):
             raise InvalidInput(f"a recipe is text such as 'nm-mask, int8' or a list of passes; {p!r} is neither")
-    return listed
+    if not budget:
+        return recipe
+    if not any(isinstance(p, AssignPrecision) for p in listed):
+        raise InvalidInput(f"budget {budget!r} needs a recipe that assigns precision, such as ptq-light")
+    return tuple(replace(p, budget=budget) if isinstance(p, AssignPrecision) else p for p in listed)
 
 
 def onnx_executor(graph: Graph) -> Callable[[Sequence[Any]], list[Any]]:

@@ -11,7 +11,8 @@ from bitwright.ir.graph import Graph
 from bitwright.ir.target import Target
 from bitwright.passes._instruments import Diff, Dump, Instrument
 from bitwright.passes._manager import Pipeline, PipelineReport, run_pipeline
-from bitwright.passes._pass import Context, Pass
+from bitwright.passes._pass import Context, Pass, Price
+from bitwright.passes._spec import parse_passes
 from bitwright.passes.accumulators.bound_accumulators import BoundAccumulators
 from bitwright.passes.accumulators.lower_accumulators import LowerAccumulators
 from bitwright.passes.lowering.channels_last import ChannelsLast
@@ -55,14 +56,19 @@ def lower(
     *,
     dump: str | Path | None = None,
     progress: Callable[[str, float], None] | None = None,
+    price: Price | None = None,
 ) -> Lowered:
-    """Run everything down to the kernel level; a graph of a lower level gets only what is left to do."""
-    context = Context(target, calibration, progress)
-    backend = (ChannelsLast(), FoldViews(), BoundAccumulators(), LowerAccumulators(), Fuse())
+    """Run everything down to the kernel level; a graph of a lower level gets only what is left to do, of the recipe
+    its passes for the integer level. A recipe with ``lower-accumulators`` has decided on the accumulators."""
+    context = Context(target, calibration, progress, price)
+    passes = parse_passes(recipe) if isinstance(recipe, str) else tuple(recipe)
+    sums = () if any(isinstance(p, LowerAccumulators) for p in passes) else (LowerAccumulators(),)
+    backend = (ChannelsLast(), FoldViews(), BoundAccumulators(), *sums, Fuse())
     if graph.level == "graph":
-        pipeline = standard(recipe) + backend
+        pipeline = standard(passes) + backend
     else:
-        pipeline = Pipeline(backend if graph.level == "integer" else (), graph.level)
+        late = tuple(p for p in passes if p.takes == "integer")
+        pipeline = Pipeline((*late, *backend) if graph.level == "integer" else (), graph.level)
     diff, quantized = Diff(), _KeepBefore("lower-to-integer")
     instruments: list[Instrument] = [diff, quantized, *([Dump(Path(dump))] if dump else [])]
     lowered, report = run_pipeline(graph, pipeline, context, instruments=instruments)

@@ -16,7 +16,7 @@ from bitwright.passes.registry import PASSES, describe, load
 
 RANGES = {"x": (-1.0, 3.0), "h": (0.0, 2.0), "y": (-2.0, 2.0)}
 
-NEED_DATA = ("smooth-quant", "correct-bias", "retune-norms")
+NEED_DATA = ("assign-precision", "smooth-quant", "correct-bias", "retune-norms")
 
 
 @pytest.mark.parametrize("name", [n for n in PASSES if n != "observe-ranges"])

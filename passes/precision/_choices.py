@@ -1,0 +1,92 @@
+"""The number formats and patterns a layer may take, as text such as ``s4+2:4``, and the passes that apply one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bitwright.ir.errors import InvalidInput
+from bitwright.ir.target import Target
+from bitwright.ir.types import F32, NM, S8
+from bitwright.passes._pass import Pass
+from bitwright.passes.sparsity.masks import Pattern
+
+DENSE = ("f32", "s8", "s4")
+PATTERNS = (Pattern(2, 4), Pattern(2, 8))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one layer becomes: ``bits`` of its weights (32: float layer) and a pattern along its reduction.
+
+    >>> str(Choice.parse("s4+2:4")), Choice.parse("f32").bits
+    ('s4+2:4', 32)
+    """
+
+    bits: int
+    pattern: Pattern | None = None
+
+    def __str__(self) -> str:
+        head = "f32" if self.bits == 32 else f"s{self.bits}"
+        return f"{head}+{self.pattern}" if self.pattern else head
+
+    @staticmethod
+    def parse(text: str) -> Choice:
+        """Read ``f32``, or ``s2`` to ``s8``, with ``+keep:group`` behind; raises :class:`InvalidInput`."""
+        m = re.fullmatch(r"(f32|s[2-8])(?:\+(\d+:\d+))?", text.strip())
+        if not m:
+            raise InvalidInput(f"assign-precision: {text!r} is no choice: write f32 or s2 to s8, as in s8 or s4+2:4")
+        return Choice(32 if m[1] == "f32" else int(m[1][1:]), Pattern.parse(m[2]) if m[2] else None)
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that stay."""
+        return self.pattern.keep / self.pattern.group if self.pattern else 1.0
+
+    def index_bits(self) -> float:
+        """Bits a kept weight needs to say where in its group it was."""
+        return float(max(1, (self.pattern.group - 1).bit_length())) if self.pattern else 0.0
+
+    def size(self, weights: int) -> float:
+        """Bytes of a layer of so many weights, positions included."""
+        return weights * self.density * (self.bits + self.index_bits()) / 8
+
+    def bit_operations(self, macs: int) -> float:
+        """Multiply-accumulates times the bits of both factors (HAWQ-V3); activations take 8 bits, or 32 in float."""
+        return macs * self.density * self.bits * (32 if self.bits == 32 else 8)
+
+    def encoding(self, axis: int) -> NM | None:
+        return self.pattern.along(axis) if self.pattern else None
+
+    def steps(self, layers: Sequence[str], rounding: str, rebuild: bool) -> tuple[Pass, ...]:
+        """The passes that give this choice to ``layers``, but for the quantization of activations."""
+        from bitwright.passes.sparsity.nm_mask import NMMask
+        from bitwright.passes.sparsity.reconstruct import Reconstruct
+
+        only, steps = "|".join(layers), list[Pass]()
+        if self.pattern:
+            steps.append(NMMask(pattern=self.pattern, only=only))
+            steps += [Reconstruct(only=only)] if rebuild else []
+        if self.bits < 8:
+            from bitwright.passes.precision.quantize_weights import QuantizeWeights
+
+            steps.append(QuantizeWeights(bits=self.bits, only=only, rounding=rounding))  # type: ignore[arg-type]
+        return tuple(steps)
+
+
+def choices_of(text: str, target: Target | None) -> tuple[Choice, ...]:
+    """``auto``: float, 8 and 4 bits, and the patterns the target's integer kernels gain from; or a list with ``|``."""
+    if text != "auto":
+        found = tuple(dict.fromkeys(Choice.parse(part) for part in text.split("|")))
+        return found
+    formats = [Choice.parse(t) for t in DENSE]
+    if target is not None:
+        if not target.rate(target.activation, S8):
+            formats = formats[:1]
+        for pattern in PATTERNS:
+            for c in formats[: len(DENSE)]:
+                kind = F32 if c.bits == 32 else target.activation
+                if c.pattern is None and target.sparse_gain(kind, pattern.along(1)) > 1.05:
+                    formats.append(Choice(c.bits, pattern))
+    return tuple(formats)

@@ -1,0 +1,140 @@
+"""What a choice for one layer costs the model: measured on calibration data, or by curvature times perturbation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitwright.ir.graph import Graph
+from bitwright.ir.interpret import evaluate, to_torch
+from bitwright.ir.weights import Array
+from bitwright.passes._layers import layer_of
+from bitwright.passes._match import array
+from bitwright.passes._pass import Batch, Context
+from bitwright.passes.precision._choices import Choice
+
+if TYPE_CHECKING:
+    import torch
+
+PROBES = 8
+"""Random output directions per batch for the trace: its relative error falls with the root of probes times outputs."""
+Apply = Callable[[str, Choice], Graph]
+Outputs = Sequence["torch.Tensor"]
+
+
+def relative_error(got: Outputs, want: Outputs) -> float:
+    """Sum of squared differences of all floating outputs over the sum of squares: 0 is exact, 1 is as bad as zero."""
+    square = norm = 0.0
+    for a, b in zip(got, want, strict=True):
+        if b.is_floating_point():
+            square += float((a.double() - b.double()).square().sum())
+            norm += float(b.double().square().sum())
+    return square / norm if norm else square
+
+
+def divergence(got: Outputs, want: Outputs) -> float:
+    """Mean Kullback-Leibler divergence (nats) of softmax(got) from softmax(want) along the last axis of output 0."""
+    import torch
+
+    p, q = (torch.log_softmax(t[0].double(), -1) for t in (want, got))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+LOSSES: Mapping[str, Callable[[Outputs, Outputs], float]] = {"mse": relative_error, "kl": divergence}
+
+
+def measured(
+    graph: Graph,
+    context: Context,
+    layers: Sequence[str],
+    choices: Sequence[Choice],
+    apply: Apply,
+    loss: str,
+    allowed: Callable[[str, Choice], bool],
+) -> list[list[float]]:
+    """Loss of the model on the calibration data with one layer at a time changed; infinite where not ``allowed``."""
+    batches = context.calibration
+    want = [evaluate(graph, b) for b in batches]
+    rows = []
+    for i, layer in enumerate(layers):
+        row = []
+        for j, choice in enumerate(choices):
+            if context.progress is not None:
+                context.progress(f"sensitivity of {layer}", (i + j / len(choices)) / len(layers))
+            if not allowed(layer, choice):
+                row.append(float("inf"))
+            elif str(choice) == "f32":
+                row.append(0.0)
+            else:
+                changed = apply(layer, choice)
+                got = [LOSSES[loss](evaluate(changed, b), w) for b, w in zip(batches, want, strict=True)]
+                row.append(float(np.mean(got)))
+        rows.append(row)
+    return rows
+
+
+def curvature(graph: Graph, batches: Sequence[Batch], seed: int = 0) -> dict[str, float]:
+    """Mean diagonal of the Gauss-Newton matrix of the squared output error by weight (value name).
+
+    E over random signs v of |d(v . y)/dW|^2, averaged over the entries of W: Hutchinson's estimate (HAWQ-V2) for the
+    loss |y - y0|^2 / 2 at y0, whose Hessian is J'J, so that no labels are needed. Divided by |y0|^2, in the unit of
+    :func:`relative_error` / 2.
+    """
+    import torch
+
+    weights = {n.inputs[1] for n in graph.nodes if len(n.inputs) > 1 and graph.is_constant(n.inputs[1])}
+    names = [w for w in sorted(weights) if graph.types[w].dtype.is_float and graph.types[w].rank > 1]
+    generator = torch.Generator().manual_seed(seed)
+    total, norm = dict.fromkeys(names, 0.0), 0.0
+    for batch in batches:
+        leaves = {w: to_torch(graph.constant(w)).detach().clone().requires_grad_() for w in names}
+        outputs = [y for y in evaluate(graph, batch, overrides=leaves, grad=True) if y.is_floating_point()]
+        norm += sum(float(y.detach().double().square().sum()) for y in outputs)
+        for probe in range(PROBES):
+            signs = [torch.randint(0, 2, y.shape, generator=generator).to(y.dtype) * 2 - 1 for y in outputs]
+            dot = torch.stack([(y * s).sum() for y, s in zip(outputs, signs, strict=True)]).sum()
+            keep = probe + 1 < PROBES
+            grads = torch.autograd.grad(dot, list(leaves.values()), retain_graph=keep, allow_unused=True)
+            for w, g in zip(names, grads, strict=True):
+                total[w] += 0.0 if g is None else float(g.double().square().mean()) / PROBES
+    return {w: t / norm if norm else t for w, t in total.items()}
+
+
+def by_curvature(
+    graph: Graph,
+    context: Context,
+    layers: Sequence[str],
+    choices: Sequence[Choice],
+    apply: Apply,
+    allowed: Callable[[str, Choice], bool],
+) -> list[list[float]]:
+    """Mean curvature of the layer's weight times the squared change of the weight (HAWQ-V3); no model is run again."""
+    trace = curvature(graph, context.calibration)
+    nodes = {layer_of(graph, n): n for n in graph.nodes if len(n.inputs) > 1 and n.inputs[1] in trace}
+    rows = []
+    for layer in layers:
+        row, value = [], nodes[layer].inputs[1]
+        before = np.asarray(array(graph, value), np.float64)
+        for choice in choices:
+            if not allowed(layer, choice) or str(choice) == "f32":
+                row.append(0.0 if str(choice) == "f32" else float("inf"))
+                continue
+            change = _changed(apply(layer, choice), nodes[layer].output) - before
+            row.append(trace[value] * float(np.square(change).sum()))
+        rows.append(row)
+    return rows
+
+
+def _changed(graph: Graph, output: str) -> Array:
+    """The weight a contraction reads, with its dequantize computed."""
+    from bitwright.ir.graph import subgraph
+
+    value = graph.producers[output].inputs[1]
+    if graph.is_constant(value):
+        return np.asarray(array(graph, value), np.float64)
+    node = graph.producers[value]
+    body, _ = subgraph(graph, [node], (value,))
+    (made,) = evaluate(body, {v.name: np.asarray(array(graph, v.name)) for v in body.inputs})
+    return np.asarray(made.numpy(), np.float64)

@@ -38,7 +38,7 @@ def test_sparse_training_ends_in_sparse_kernels_with_the_accuracy_kept(tmp_path:
     assert float(accuracy["sparse"]) > float(accuracy["dense"]) - 0.02
     assert float(accuracy["sparse"]) > float(accuracy["masked without training"]) + 0.02
     assert abs(float(accuracy["compiled"]) - float(accuracy["sparse"])) < 0.005
-    assert out.count("nm<2:4") == 6
+    assert out.count("nm<2:4") == 7
 
 
 @pytest.mark.nightly

@@ -111,6 +111,7 @@ class SparseWeight(nn.Module):
             self.mask.copy_(self.choose(weight))
             with torch.no_grad():
                 weight.copy_(self(weight))
+            self.scale.fill_(1.0)
         self.phase = "frozen"
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -353,6 +353,4 @@ def _misfit(module: nn.Module, weight: Tensor, nm: NM) -> str:
     if inputs % (nm.group * nm.block):
         what = "input channels" if convolution else "inputs"
         return f"{inputs} {what} are not a multiple of {nm.group * nm.block}"
-    if nm.transposable and outputs % nm.group:
-        return f"{outputs} outputs are not a multiple of {nm.group}, which a transposable mask needs"
     return f"{outputs} outputs are not a multiple of shared={nm.shared}" if outputs % nm.shared else ""

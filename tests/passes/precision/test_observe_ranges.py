@@ -138,7 +138,7 @@ def test_entropy_clips_a_long_tail_and_keeps_a_flat_range(read: Read) -> None:
         context = Context(calibration=[[values.numpy()]])
         ObserveRanges("entropy").run(read(TEXT), context)
         lo, hi = context.facts["ranges"]["x"]
-        assert lo == pytest.approx(0.0, abs=1e-6)
+        assert lo == pytest.approx(0.0, abs=1e-3)
         assert low <= hi <= high
 
 

@@ -76,16 +76,17 @@ def verify_program(
     program was made from.
     """
     names = [v.name for v in graph.inputs]
-    arrays = [np.ascontiguousarray(inputs[n]) for n in names] if isinstance(inputs, Mapping) else list(inputs)
-    if tuple(names) != program.input_names:
+    lowered = _repeat(program, graph, calibration) if names == list(program.input_names[: len(names)]) else graph
+    if tuple(v.name for v in lowered.inputs) != program.input_names:  # passes may have added inputs at the end
         raise InvalidInput(f"the program takes inputs {list(program.input_names)}, the model {names}")
-    lowered = _repeat(program, graph, calibration)
+    given = program.input_names
+    arrays = [np.ascontiguousarray(inputs[n]) for n in given] if isinstance(inputs, Mapping) else list(inputs)
     steps = [s for s in program.manifest.steps if s.result is not None]
     want = _values(lowered, arrays, {s.label for s in steps})
     if any(s.label not in want for s in steps):
         missing = next(s.label for s in steps if s.label not in want)
         raise InvalidInput(f"the model does not compute {missing!r}: is it the model the program was made from?")
-    plain = _values(graph, arrays, {s.result.reference for s in steps if s.result is not None})
+    plain = _values(graph, arrays[: len(names)], {s.result.reference for s in steps if s.result is not None})
     traced = program.trace(*arrays)
     origins = {x.name: x.origin for x in program.report.layers}
     rows = []

@@ -148,3 +148,6 @@ def test_the_program_draws_as_the_reference_does(recipe: str) -> None:
         assert np.array_equal(got, program(x, np.int64(draw)))
         results.append(got)
     assert not np.array_equal(results[0], results[1])
+    compared = bw.verify(program, graph, (x, np.asarray(7)), calibration=[x])
+    assert compared.rows
+    assert all(row.error <= row.bound for row in compared.rows)

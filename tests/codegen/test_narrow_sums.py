@@ -182,3 +182,14 @@ def test_whole_programs_agree_and_say_what_they_do(target: str) -> None:
         assert ("s16 sums, spilled every" in layers[name].reason) == (narrow and target == "x86-avx2")
     told = " ".join(layers["wide"].notes)
     assert ("a pair of products reaches 64770" in told) == (target == "x86-avx2")
+
+
+def test_a_recipe_may_decide_instead() -> None:
+    b = Builder(level="integer")
+    acc = b.emit(ops.IntLinear(), b.input("x", parse_type("u8[4, 64]")), b.weight("fc.weight", codes(7, (8, 64))))
+    graph = b.finish([acc])
+    for width, narrow in (("auto", True), ("16", True), ("32", False)):
+        program = bw.compile(graph, target="x86-avx2", recipe=f"lower-accumulators{{width={width}}}")
+        assert program.report.pipeline.count("lower-accumulators") == 1
+        assert ("s16 sums" in program.report.layers[0].reason) == narrow
+    assert "lower-accumulators, fuse" in bw.compile(graph, target="x86-avx2").report.pipeline

@@ -1,0 +1,140 @@
+"""Budgets and projections behind constrain-weights: exact from both sides, on all small cases."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from bitwright.ir.numerics import bits_for, type_bound
+from bitwright.passes.accumulators._a2q import FACTORS, Inputs, Limit, Shrink, fit, inner_bits, limit_of, tiled
+from bitwright.passes.accumulators._axe import greedy
+
+RNG = np.random.default_rng(5)
+INPUTS = [Inputs(0, 255, 0), Inputs(0, 255, 97), Inputs(-128, 127, 0), Inputs(-128, 127, -128), Inputs(0, 15, 15)]
+
+
+def register_extremes(row: list[int], x: Inputs) -> tuple[int, int]:
+    """All values any register can hold: every subset of the terms, every way to sum, by enumeration."""
+    found = {0}
+    for start, zero in ((0, x.zero), (0, 0), (-x.zero * sum(row), 0)):
+        choices = [{0, (x.lo - zero) * w, (x.hi - zero) * w} for w in row]
+        found |= {start + sum(c) for c in product(*choices)}
+    return min(found), max(found)
+
+
+@pytest.mark.parametrize("x", [Inputs(0, 3, 0), Inputs(0, 3, 2), Inputs(-2, 1, 0), Inputs(-2, 1, -1), Inputs(0, 3, 3)])
+def test_the_width_of_a_row_is_what_enumeration_finds(x: Inputs) -> None:
+    rows = list(product(range(-2, 3), repeat=3))
+    got = inner_bits(np.array(rows), x)
+    assert got.tolist() == [bits_for(*register_extremes(list(r), x)) for r in rows]
+
+
+def test_tiles_count_alone() -> None:
+    rows = np.array([[1, 1, 1, -1, -1, 0, 2]])
+    assert tiled(rows, 3).tolist() == [[[1, 1, 1], [-1, -1, 0], [2, 0, 0]]]
+    assert tiled(rows, 0).shape == (1, 1, 7)
+    assert inner_bits(rows, Inputs(0, 255, 0), 3).tolist() == [bits_for(-510, 765)]
+
+
+@pytest.mark.parametrize("x", INPUTS)
+@pytest.mark.parametrize("bits", [10, 12, 16])
+@pytest.mark.parametrize("method", ["a2q", "a2q+"])
+def test_every_row_within_the_limit_fits_and_the_cap_is_tight(x: Inputs, bits: int, method: str) -> None:
+    limit = limit_of(bits, x, method)
+    if limit.radius < 1:
+        pytest.skip("nothing fits")
+    whole = int(limit.radius)
+    rows = []
+    for _ in range(300):
+        up, down = (RNG.multinomial(whole, RNG.dirichlet(np.ones(6))) for _ in range(2))
+        share = 1 if limit.halves else int(RNG.integers(2))
+        rows.append(np.concatenate([up * (share | limit.halves), -down * (limit.halves or not share)]))
+    assert int(inner_bits(np.array(rows), x).max()) <= bits
+    if limit.halves:
+        one_more = np.array([[whole + 1, -(whole + 1)]])
+        assert int(inner_bits(one_more, x)[0]) > bits or type_bound(x.lo, x.hi, 0, 1, 1)[1] < x.spread
+
+
+def test_the_projection_is_the_nearest_row_of_sum_zero() -> None:
+    for _ in range(50):
+        v = RNG.normal(size=(1, 7)) * 4
+        v -= v.mean()
+        limit = Limit(3.0, halves=True)
+        p = Shrink(v, limit).project(np.ones(1))
+        assert np.maximum(p, 0).sum() <= 3 + 1e-9
+        assert np.maximum(-p, 0).sum() <= 3 + 1e-9
+        if np.abs(v).sum() > 6:
+            assert abs(p.sum()) < 1e-9
+        for _ in range(100):  # no other row of that kind is nearer
+            other = RNG.normal(size=(1, 7))
+            other -= other.mean()
+            other *= min(1.0, 6 / np.abs(other).sum()) * RNG.uniform()
+            mixed = p + 0.1 * (other - p)
+            assert np.square(v - p).sum() <= np.square(v - mixed).sum() + 1e-9
+
+
+def test_the_l1_ball_alone_would_overflow() -> None:
+    """Centred and on the ball of the A2Q+ cap, but no longer centred: twice what a half may be."""
+    v = np.array([[3.0, -1, -1, -1]])
+    on_ball = Shrink(v, Limit(2.0, halves=False)).project(np.ones(1))
+    np.testing.assert_allclose(on_ball, [[2, 0, 0, 0]])
+    by_halves = Shrink(v, Limit(1.0, halves=True)).project(np.ones(1))
+    np.testing.assert_allclose(by_halves, [[1, -1 / 3, -1 / 3, -1 / 3]])
+
+
+def test_rows_inside_stay_and_factors_scale() -> None:
+    v = RNG.normal(size=(5, 9))
+    inside = Shrink(v, Limit(1e3, halves=True)).project(np.full(5, 2.0))
+    np.testing.assert_allclose(inside, v / 2)
+    a = Shrink(v * 4, Limit(2.0, halves=False)).project(np.full(5, 4.0))
+    b = Shrink(v, Limit(2.0, halves=False)).project(np.ones(5))
+    np.testing.assert_allclose(a, b)
+
+
+def test_fit_searches_the_scale_and_keeps_zeros() -> None:
+    codes = RNG.integers(-127, 128, (40, 96)).astype(float)
+    kept = RNG.random(codes.shape) < 0.5
+    codes[~kept] = 0
+    limit = limit_of(16, Inputs(0, 255, 30), "a2q+")
+    kinds = {"keep": (FACTORS[:1], False), "coarse": (FACTORS, False), "refit": (FACTORS, True)}
+    errors = {}
+    for name, (factors, refit) in kinds.items():
+        found = fit(codes, kept, limit, factors, centre=True, refit=refit)
+        assert not found.rows[~kept].any()
+        assert int(inner_bits(found.rows, Inputs(0, 255, 30)).max()) <= 16
+        errors[name] = float(np.square(found.rows * found.factor[:, None] - codes).sum())
+    assert errors["keep"] > errors["coarse"] > errors["refit"]
+    shared = fit(codes, kept, limit, FACTORS, centre=True, shared=True)
+    assert len(set(shared.factor.tolist())) == len(set(shared.divisor.tolist())) == 1
+
+
+@pytest.mark.parametrize("order", ["gptq", "gpfq"])
+@pytest.mark.parametrize("tile", [0, 16, 50])
+def test_greedy_rounding_stays_in_its_budgets_and_beats_rounding(order: str, tile: int) -> None:
+    x = RNG.normal(size=(400, 140)) @ RNG.normal(size=(140, 140)) + 2
+    gram = torch.from_numpy(x.T @ x)[None]
+    rows = RNG.normal(size=(1, 12, 140)) * 6
+    kept = RNG.random(rows.shape) < 0.7
+    rows[~kept] = 0
+    limit = Limit(200.4 if not tile else 3.0 * tile, halves=True, tile=tile)
+    q = greedy(torch.from_numpy(rows), torch.from_numpy(kept), gram, limit, order).numpy()  # type: ignore[arg-type]
+    assert (q == np.round(q)).all()
+    assert not q[~kept].any()
+    parts = tiled(q[0], tile)
+    assert np.maximum(parts, 0).sum(-1).max() <= limit.radius
+    assert np.maximum(-parts, 0).sum(-1).max() <= limit.radius
+    plain = np.trunc(Shrink(rows[0], limit).project(np.ones(12)))
+    missed = [float((((w - rows[0]) @ gram[0].numpy()) * (w - rows[0])).sum()) for w in (q[0], plain)]
+    assert missed[0] < 0.7 * missed[1]
+
+
+def test_greedy_survives_inputs_that_are_zero_or_alike() -> None:
+    x = RNG.normal(size=(30, 1)) * np.array([[1.0, 1, 0, 0, 1]])
+    gram = torch.from_numpy(x.T @ x)[None]
+    rows = torch.from_numpy(RNG.normal(size=(1, 3, 5)) * 5)
+    for order in ("gptq", "gpfq"):
+        q = greedy(rows, torch.ones(1, 3, 5, dtype=torch.bool), gram, Limit(20.0, True), order)
+        assert bool(q.isfinite().all())

@@ -39,11 +39,35 @@ def test_nm_encodings_round_trip(keep: int, group: int, axis: int, shared: int, 
     assert parse_encoding(str(nm)) == nm
 
 
+@given(st.integers(0, 64), st.integers(0, 5000), st.integers(-3, 3), st.integers(1, 8))
+def test_fixed_counts_round_trip(count: int, per: int, axis: int, block: int) -> None:
+    if count > per or (count == 0) != (per == 0):
+        with pytest.raises(InvalidInput, match="1 <= count <= per"):
+            Unstructured(count, per, axis, block)
+        return
+    e = Unstructured(count, per, axis, block)
+    assert parse_encoding(str(e)) == e
+    assert parse_type(f"f32[8, 16] {e}").encoding == e
+    assert e.density == (count / per if per else 1.0)
+
+
 def test_other_encodings_round_trip() -> None:
-    for e in (Block(4, 1), Unstructured(12, 64), Codebook(16)):
+    for e in (Block(4, 1), Unstructured(12, 64), Codebook(16), NM(1, 4, 0, 64, 4), NM(2, 4, 1, transposable=True)):
         assert parse_encoding(str(e)) == e
+    assert str(Unstructured(12, 64)) == "unstructured<12 per 64>"
+    assert str(Unstructured(12, 64, 1, 4)) == "unstructured<12 per 64, axis=1, block=4>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nm<2:4>", "nm<5:4, axis=1>", "nm<1:4, axis=1, shared=0>", "nm<1:4, axis=1, block=0>", "nm<1:4, axis=1, wide>",
+        "unstructured<9 per 8>", "unstructured<0 per 8>", "unstructured<2 per 8, block=0>", "unstructured<2>",
+    ],
+)  # fmt: skip
+def test_bad_encodings(text: str) -> None:
     with pytest.raises(InvalidInput):
-        parse_encoding("nm<2:4>")
+        parse_encoding(text)
 
 
 def test_types_round_trip() -> None:
@@ -58,6 +82,12 @@ def test_patterns_are_found_broken_where_they_are() -> None:
     assert violation(w, NM(3, 4, 1)) == ""
     assert violation(w, NM(1, 2, 0)) == ""
     assert violation(np.ones((2, 6), np.float32), NM(2, 4, 1, block=2))
-    assert violation(w, Unstructured(2, 8))
+    assert "3 non-zeros in the group at [2, 0], at most 2 of 8" in violation(w, Unstructured(2, 8))
+    assert violation(w, Unstructured(3, 8)) == violation(w, Unstructured()) == violation(w, Unstructured(1, 4, 0)) == ""
+    assert violation(w, Unstructured(2, 4, block=2)) == "" != violation(w, Unstructured(1, 4, block=2))
+    assert "axis 2 is outside" in violation(w, Unstructured(1, 4, 2))
+    tail = np.ones((1, 6), np.float32) * [1, 0, 1, 0, 1, 1]
+    assert "2 non-zeros in the group at [0, 1], at most 1 of 2" in violation(tail, NM(2, 4, 1))
+    assert "at most 1 of 2" in violation(tail, Unstructured(2, 4, 1))
     assert density(w) == 3 / 32
     assert kept_magnitude(w, w * 0) == 0.0

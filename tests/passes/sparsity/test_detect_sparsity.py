@@ -18,7 +18,7 @@ from bitwright.ir.patterns import density, tightest_keeps, violation
 from bitwright.ir.target import Target
 from bitwright.ir.types import F32, NM, U8
 from bitwright.passes import Context
-from bitwright.passes.pipelines import CANONICAL
+from bitwright.passes.pipelines import RECIPES, standard
 from bitwright.passes.sparsity._recognize import GROUPS, recognize
 from bitwright.passes.sparsity.detect_sparsity import DetectSparsity
 from bitwright.passes.sparsity.masks import nm_mask_array
@@ -247,8 +247,13 @@ def test_embeddings_are_left(read: Read) -> None:
     assert DetectSparsity().run(graph, Context()) == graph
 
 
-def test_part_of_every_pipeline() -> None:
-    assert CANONICAL.split(", ")[-1] == DetectSparsity.name
+@pytest.mark.parametrize("recipe", [*RECIPES, "nm-mask", "float, bound-accumulators"])
+def test_part_of_every_pipeline(recipe: str) -> None:
+    """Once, after the weights have their final orientation and before anything the recipe does."""
+    names = [p.name for p in standard(recipe).passes]
+    assert names.count("detect-sparsity") == 1
+    early = {"nm-mask", "quantize-int8", "lower-to-integer"} & set(names)
+    assert all(names.index("detect-sparsity") < names.index(n) for n in early)
 
 
 def test_dense_weights_cost_next_to_nothing() -> None:

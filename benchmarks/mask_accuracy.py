@@ -3,9 +3,10 @@
     python benchmarks/mask_accuracy.py [--only digits|minilm] [--seeds 3] [--write]
 
 Columns: the mask alone on the trained weights (one-shot); then `reconstruct` on calibration data the accuracy is not
-measured on; then two epochs of sparse training in torch, the masks refreshed every step and frozen for the second. Every graph goes through the passes a user would name and is
-evaluated by the reference interpreter, so the figures are those of the masks, not of a number format. ``--write``
-keeps the tables in benchmarks/results/mask_accuracy.md and .json.
+measured on; then two epochs of sparse training in torch, the masks refreshed every step and frozen for the second.
+Every graph goes through the passes a user would name and is evaluated by the reference interpreter, so the figures
+are those of the masks, not of a number format. ``--write`` keeps the tables in benchmarks/results/mask_accuracy.md
+and .json.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from bitwright.passes._pass import Batch
 if TYPE_CHECKING:
     import torch
 
-Visit = Callable[[Node, "list[torch.Tensor]"], "Mapping[int, torch.Tensor] | None"]
-"""Gets a node and its first operand in every batch; may return operands to use instead, by their place."""
+Visit = Callable[[Node, "list[torch.Tensor]", "list[torch.Tensor]"], "Mapping[int, torch.Tensor] | None"]
+"""Gets a node and its first operand in every batch, and in every twin; may return operands to use instead, by place."""
 
 
 def walk(
@@ -25,10 +25,12 @@ def walk(
     stops: Collection[str],
     visit: Visit,
     given: Mapping[str, torch.Tensor] | None = None,
+    twin: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Compute every batch up to the last of the nodes ``stops`` (by output), calling ``visit`` on these.
 
     Of each batch only the values that are still to be read are held. ``given`` replaces weights by value name.
+    With ``twin`` every batch is computed a second time beside, with these weights and nothing of what visits return.
     Raises :class:`InvalidInput` for a batch that does not fit the graph's inputs.
     """
     import torch
@@ -40,27 +42,31 @@ def walk(
     last = {x: i for i, n in enumerate(nodes) for x in n.inputs}
     live = [_inputs(graph, batch, number) for number, batch in enumerate(batches)]
     sizes = [bind_symbols(graph, [tuple(values[v.name].shape) for v in graph.inputs]) for values in live]
-    constants = dict(given or {})
+    sides = [(live, dict(given or {}))] + ([] if twin is None else [([dict(v) for v in live], dict(twin))])
     with torch.no_grad():
         for i, n in enumerate(nodes):
             if isinstance(n.op, (ops.Weight, ops.Constant)):
-                constants.setdefault(n.output, to_torch(graph.constant(n.output)))
+                for _, constants in sides:
+                    if n.output not in constants:
+                        constants[n.output] = to_torch(graph.constant(n.output))
                 continue
             instead: Mapping[int, torch.Tensor] = {}
             if n.output in stops:
                 x = n.inputs[0]
-                first = [constants[x]] * len(live) if x in constants else [values[x] for values in live]
-                instead = visit(n, first) or {}
-            for values, bound in zip(live, sizes, strict=True):
-                operands = [constants[x] if x in constants else values[x] for x in n.inputs]
-                results = apply(bind_op(n.op, bound), *(instead.get(k, x) for k, x in enumerate(operands)))
-                values.update((o, r) for o, r in zip(n.outputs, results, strict=True) if o in last)
+                first = [[constants[x] if x in constants else v[x] for v in side] for side, constants in sides]
+                instead = visit(n, first[0], first[1] if twin is not None else []) or {}
+            for side, constants in sides:
+                for values, bound in zip(side, sizes, strict=True):
+                    operands = [constants[x] if x in constants else values[x] for x in n.inputs]
+                    results = apply(bind_op(n.op, bound), *(instead.get(k, x) for k, x in enumerate(operands)))
+                    values.update((o, r) for o, r in zip(n.outputs, results, strict=True) if o in last)
+                    for x in n.inputs:
+                        if last[x] == i:
+                            values.pop(x, None)
                 for x in n.inputs:
                     if last[x] == i:
-                        values.pop(x, None)
-            for x in n.inputs:
-                if last[x] == i:
-                    constants.pop(x, None)
+                        constants.pop(x, None)
+                instead = {}
 
 
 def _inputs(graph: Graph, batch: Batch, number: int) -> dict[str, torch.Tensor]:

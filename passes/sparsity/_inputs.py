@@ -89,6 +89,10 @@ class Moments:
     total: torch.Tensor
     """float64 [K]: the sum of x."""
     rows: int = 0
+    other: Moments | None = None
+    """Of what the layer gets in the dense model, where its target is made from that."""
+    cross: torch.Tensor | None = None
+    """float64 [K, K]: the sum of (x in the dense model) xᵀ, with ``other``."""
 
     @staticmethod
     def empty(size: int) -> Moments:
@@ -103,11 +107,29 @@ class Moments:
         self.total += part.sum(0)
         self.rows += len(part)
 
+    def add_pair(self, part: torch.Tensor, dense: torch.Tensor) -> None:
+        """Count rows and the same rows in the dense model."""
+        import torch
+
+        if self.other is None or self.cross is None:
+            self.other, self.cross = Moments.empty(len(self.total)), torch.zeros_like(self.gram)
+        self.add(part)
+        self.other.add(dense)
+        self.cross.addmm_(dense.T, part)
+
     def centred(self) -> torch.Tensor:
         """The sum of (x - mean)(x - mean)ᵀ."""
         import torch
 
         return self.gram - torch.outer(self.total, self.total / max(1, self.rows))
+
+    def towards(self, centred: bool) -> torch.Tensor:
+        """The sum of (target's x) xᵀ, each less its mean when centred."""
+        import torch
+
+        if self.other is None or self.cross is None:
+            return self.centred() if centred else self.gram
+        return self.cross - torch.outer(self.other.total, self.total / max(1, self.rows)) if centred else self.cross
 
 
 def kernel_of(graph: Graph, node: Node) -> tuple[int, ...]:
@@ -148,7 +170,7 @@ def input_norms(graph: Graph, nodes: list[Node], context: Context) -> dict[str, 
         if context.progress is not None:
             context.progress("measuring inputs", number / len(context.calibration))
 
-        def visit(node: Node, xs: list[torch.Tensor], number: int = number) -> None:
+        def visit(node: Node, xs: list[torch.Tensor], _: list[torch.Tensor], number: int = number) -> None:
             for part in rows(node.op, xs[0], kernel_of(graph, node)):
                 sums = finite(graph, node, part, number).square().sum(0)
                 key = node.inputs[1]

@@ -16,10 +16,10 @@ PIECE = 1 << 23
 """Elements of the small matrices factorized at a time."""
 
 
-def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """The Gram matrix with ``damping`` times its mean diagonal added to the diagonal."""
+def damped(gram: torch.Tensor, amount: float) -> torch.Tensor:
+    """A matrix with an amount added to the diagonal."""
     out = gram.clone()
-    out.diagonal().add_(damping * float(gram.diagonal().mean()))
+    out.diagonal().add_(amount)
     return out
 
 
@@ -28,11 +28,11 @@ def errors(gram: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
     return ((difference @ gram) * difference).sum(1).clamp_min(0.0)
 
 
-def solve(gram: torch.Tensor, dense: torch.Tensor, start: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The W' that is zero outside ``kept`` and minimises tr((W - W') G (W - W')ᵀ).
+def solve(gram: torch.Tensor, aim: torch.Tensor, start: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The W' that is zero outside ``kept`` and minimises tr(W' G W'ᵀ) - 2 tr(A W'ᵀ), so that W' G = A where it is free.
 
-    ``gram`` float64 [K, K], symmetric positive (semi)definite with any damping inside; ``dense`` W, ``start``
-    (zero outside ``kept``, where the search begins) and the result float64 [O, K]; ``kept`` bool [O, K].
+    ``gram`` G float64 [K, K], symmetric positive (semi)definite with any damping inside; ``aim`` A (W G to come near a
+    W), ``start`` (zero outside ``kept``, where the search begins) and the result float64 [O, K]; ``kept`` bool [O, K].
     Cholesky factors of the kept rows and columns when these are small or many outputs have the same mask,
     else conjugate gradients with a diagonal preconditioner on all outputs at once, up to a relative residual of
     1e-5 or 4 rounds of 300 products.
@@ -41,7 +41,7 @@ def solve(gram: torch.Tensor, dense: torch.Tensor, start: torch.Tensor, kept: to
 
     patterns, member = torch.unique(kept, dim=0, return_inverse=True)
     sizes = patterns.sum(1)
-    right = ((dense - start) @ gram) * kept
+    right = (aim - start @ gram) * kept
     if float(sizes.double().pow(3).sum()) <= DIRECT * kept.shape[0] * float(kept.shape[1]) ** 2:
         change = _factorized(gram, right, patterns, member, sizes)
         if change is not None:

@@ -140,10 +140,12 @@ def rebuild(layer: Layer, seen: Moments, least_squares: bool, update: bool, damp
     """
     dense, start = lowered(layer.op, layer.dense.array), lowered(layer.op, layer.weight)
     kept = start != 0
-    norm = float(errors(seen.gram, dense).sum())
+    norm = float(errors((seen.other or seen).gram, dense).sum())
     if not seen.rows or not norm:
         return "its input is zero on all calibration data" if seen.rows else "no calibration data reaches it"
-    gram = damped(seen.gram if layer.bias is None else seen.centred(), damping)
+    gram, towards = seen.gram if layer.bias is None else seen.centred(), seen.towards(layer.bias is not None)
+    hold = damping * float(gram.diagonal().mean())
+    gram, aim = damped(gram, hold), dense @ damped(towards, hold)
     new, mask = start, kept
     if update or not least_squares:
         root = inverse_root(gram)
@@ -154,9 +156,10 @@ def rebuild(layer: Layer, seen: Moments, least_squares: bool, update: bool, damp
         if isinstance(choose, str):
             layer.facts["mask"] = f"kept: {choose}"
             choose = None
-        new, mask = prune(root, dense, kept, taps, choose)
+        free = dense if seen.other is None else aim @ (root.T @ root)  # the best weight without a mask
+        new, mask = prune(root, free, kept, taps, choose)
     if least_squares:
-        new = solve(gram, dense, new, mask)
+        new = solve(gram, aim, new, mask)
     before, after = _apply(layer, seen, dense, start, new, rowwise=bool((mask == kept).all()))
     layer.facts.update(error_before=_short(before / norm), error_after=_short(after / norm))
     return ""
@@ -173,11 +176,11 @@ def _apply(
     old_offset = new_offset = torch.zeros(len(dense), dtype=torch.float64)
     if layer.bias is not None and layer.dense_bias is not None:
         base = to_torch(layer.dense_bias).to(torch.float64)
-        wanted = base + (dense - rounded) @ (seen.total / seen.rows)
+        wanted = base + (dense @ (seen.other or seen).total - rounded @ seen.total) / seen.rows
         bias = wanted.numpy().astype(layer.bias.dtype)
         new_offset = base - to_torch(bias).to(torch.float64)
         old_offset = base - to_torch(layer.bias).to(torch.float64)
-    before, after = _squared(seen, dense - start, old_offset), _squared(seen, dense - rounded, new_offset)
+    before, after = _squared(seen, dense, start, old_offset), _squared(seen, dense, rounded, new_offset)
     worse = after > before if rowwise else (after.sum() > before.sum()).expand(len(after))
     if bool(worse.any()):
         weight = raised(layer.op, torch.where(worse[:, None], start, rounded), layer.weight)
@@ -188,10 +191,14 @@ def _apply(
     return float(before.sum()), float(torch.where(worse, before, after).sum())
 
 
-def _squared(seen: Moments, difference: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Sum over the rows of (D x + offset)², for each output."""
-    cross = 2.0 * offset * (difference @ seen.total)
-    return (errors(seen.gram, difference) + cross + seen.rows * offset.square()).clamp_min(0.0)
+def _squared(seen: Moments, dense: torch.Tensor, new: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Sum over the rows of (W z - W' x + offset)², for each output; z is x, or what x is in the dense model."""
+    if seen.other is None or seen.cross is None:
+        square, total = errors(seen.gram, dense - new), (dense - new) @ seen.total
+    else:
+        square = errors(seen.other.gram, dense) + errors(seen.gram, new) - 2.0 * ((dense @ seen.cross) * new).sum(1)
+        total = dense @ seen.other.total - new @ seen.total
+    return (square + 2.0 * offset * total + seen.rows * offset.square()).clamp_min(0.0)
 
 
 def _short(square: float) -> float:

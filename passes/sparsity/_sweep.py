@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
@@ -26,7 +26,7 @@ class Options:
     least_squares: bool
     update: bool
     """The mask is chosen again."""
-    parallel: bool
+    inputs: Literal["sequential", "local", "parallel"]
     damping: float
     resume: str
     spelling: str
@@ -42,7 +42,7 @@ def sweep(graph: Graph, context: Context, layers: list[Layer], options: Options,
     before, store = _dense_values(graph, context), Store(options.resume)
     tied = _tied(graph, context, {o: x for o, x in by_node.items() if len(x.nodes) > 1}, before)
 
-    def visit(node: Node, xs: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+    def visit(node: Node, xs: list[torch.Tensor], twins: list[torch.Tensor]) -> dict[int, torch.Tensor]:
         layer = by_node[node.output]
         if node is layer.nodes[0]:
             if context.progress is not None:
@@ -51,16 +51,24 @@ def sweep(graph: Graph, context: Context, layers: list[Layer], options: Options,
             if seen is None:
                 seen = Moments.empty(layer.size)
                 for i, x in enumerate(xs):
-                    _gather(graph, node, x, i, seen)
+                    _gather(graph, node, x, i, seen, twins[i] if twins else None)
             _rebuild(layer, seen, store, options, context, who)
-        return layer.operands(dense=options.parallel)
+        return layer.operands(dense=options.inputs == "parallel")
 
-    walk(graph, context.calibration, set(by_node), visit, before if options.parallel else None)
+    given, twin = before if options.inputs == "parallel" else None, before if options.inputs == "sequential" else None
+    walk(graph, context.calibration, set(by_node), visit, given, twin)
 
 
-def _gather(graph: Graph, node: Node, x: torch.Tensor, batch: int, into: Moments) -> None:
-    for part in rows(node.op, x, kernel_of(graph, node)):
-        into.add(finite(graph, node, part, batch))
+def _gather(
+    graph: Graph, node: Node, x: torch.Tensor, batch: int, into: Moments, twin: torch.Tensor | None = None
+) -> None:
+    kernel = kernel_of(graph, node)
+    if twin is None:
+        for part in rows(node.op, x, kernel):
+            into.add(finite(graph, node, part, batch))
+        return
+    for part, dense in zip(rows(node.op, x, kernel), rows(node.op, twin, kernel), strict=True):
+        into.add_pair(finite(graph, node, part, batch), finite(graph, node, dense, batch))
 
 
 def _tied(
@@ -70,7 +78,7 @@ def _tied(
     found: dict[str, Moments] = {}
     for i, batch in enumerate(context.calibration if by_node else ()):
 
-        def look(node: Node, xs: list[torch.Tensor], i: int = i) -> None:
+        def look(node: Node, xs: list[torch.Tensor], _: list[torch.Tensor], i: int = i) -> None:
             layer = by_node[node.output]
             _gather(graph, node, xs[0], i, found.setdefault(layer.ref, Moments.empty(layer.size)))
 
@@ -93,7 +101,10 @@ def _rebuild(layer: Layer, seen: Moments, store: Store, options: Options, contex
     start = time.perf_counter()
     old = [a for a in (layer.weight, layer.bias, layer.dense_bias) if a is not None]
     words = (options.spelling, str(layer.encoding), str(seen.rows))
-    key = digest([*words, layer.dense.array, *old, seen.gram.numpy(), seen.total.numpy()])
+    sums = [seen.gram, seen.total]
+    if seen.other is not None and seen.cross is not None:
+        sums += [seen.cross, seen.other.gram, seen.other.total]
+    key = digest([*words, layer.dense.array, *old, *(s.numpy() for s in sums)])
     like = {"weight": layer.weight} | ({} if layer.bias is None else {"bias": layer.bias})
     saved = store.read(layer.name, key, like)
     if isinstance(saved, str):

@@ -27,10 +27,13 @@ class Reconstruct(Pass):
     gradients, where the published code takes 1,000 steps of Adam); ``sparsegpt`` goes through the columns once and
     chooses the mask again on the way. ``mask=update`` with ``adaprune`` does both, ``mask=fixed`` keeps the mask.
     A constant bias takes up the mean difference. ``damping`` times the mean square of the inputs holds the weights
-    near the dense ones. ``inputs=sequential``: a layer sees, and answers for, what the layers before it give after
-    reconstruction; ``parallel``: what they give in the dense model. A weight read by several layers is solved once for
-    all of them, on the dense model's inputs. ``resume`` names a directory where solved layers are kept.
-    Hubara et al., NeurIPS 2021, section 4; Frantar and Alistarh, ICML 2023.
+    near the dense ones. ``inputs=sequential``: a layer sees what the layers before it give after reconstruction, and
+    aims at its output in the dense model, so that it makes up for their errors too; ``local`` (half the time and
+    memory): it aims at what its dense weight makes of the same inputs; ``parallel``: both are those of the dense
+    model. A weight read by several layers is solved once for all of them, on the dense model's inputs. ``resume``
+    names a directory where solved layers are kept.
+    Hubara et al., Accelerated Sparse Neural Training, NeurIPS 2021 (AdaPrune); Frantar and Alistarh, SparseGPT, ICML
+    2023.
 
     before:
         graph @g (%x: f32[2, 8]) -> (y = %y) level=graph {
@@ -49,7 +52,7 @@ class Reconstruct(Pass):
     needs: ClassVar[tuple[str, ...]] = ("dense",)
     method: Literal["adaprune", "sparsegpt"] = "adaprune"
     mask: Literal["auto", "fixed", "update"] = "auto"
-    inputs: Literal["sequential", "parallel"] = "sequential"
+    inputs: Literal["sequential", "local", "parallel"] = "sequential"
     damping: float = 0.01
     only: str = "*"
     except_: str = ""
@@ -68,7 +71,7 @@ class Reconstruct(Pass):
         least_squares, update = self.method == "adaprune", self.mask == "update"
         if self.mask == "auto":
             update = not least_squares
-        options = Options(least_squares, update, self.inputs == "parallel", self.damping, self.resume, self._solution)
+        options = Options(least_squares, update, self.inputs, self.damping, self.resume, self._solution)
         sweep(graph, context, layers, options, self.name)
         solved = [x for x in layers if x.solved]
         return self._rewritten(graph, context, solved) if solved else graph

@@ -10,7 +10,6 @@ import numpy as np
 
 from bitwright.ir import ops
 from bitwright.ir.build import Rewriter, rewrite
-from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.interpret import evaluate, to_torch
 from bitwright.ir.types import U8
@@ -18,6 +17,7 @@ from bitwright.ir.weights import Array
 from bitwright.passes._match import array
 from bitwright.passes._pass import Context
 from bitwright.passes.precision._qdq import parameters, quantize_weight
+from bitwright.passes.sparsity._inputs import need_calibration
 
 if TYPE_CHECKING:
     import torch
@@ -102,11 +102,7 @@ def best_scale(seen: Seen, weights: Sequence[Array], grid: Sequence[float] = GRI
 
 def observe(graph: Graph, context: Context, who: str, values: set[str], rows: bool) -> dict[str, Seen]:
     """Channel extremes, and with ``rows`` some rows, of values on the calibration batches."""
-    if not context.calibration:
-        raise InvalidInput(
-            f"{who} needs calibration data, a few batches of typical inputs: "
-            "pass calibration=... in Python or --calibrate FILE on the command line"
-        )
+    need_calibration(context, who)
     seen, keep = {v: Seen() for v in values}, -(-ROWS // len(context.calibration)) if rows else 0
 
     def watch(name: str, value: torch.Tensor) -> None:

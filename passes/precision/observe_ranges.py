@@ -12,6 +12,7 @@ from bitwright.ir.graph import Graph
 from bitwright.ir.interpret import evaluate, to_torch
 from bitwright.passes._pass import Context, Pass
 from bitwright.passes.precision._observe import Ranges
+from bitwright.passes.precision._statistics import keep_reference
 from bitwright.passes.sparsity._inputs import need_calibration
 
 
@@ -34,7 +35,7 @@ class ObserveRanges(Pass):
     """
 
     name: ClassVar[str] = "observe-ranges"
-    establishes: ClassVar[tuple[str, ...]] = ("ranges",)
+    establishes: ClassVar[tuple[str, ...]] = ("ranges", "reference")
     method: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
     percentile: float = 99.99
     bits: int = 8
@@ -60,6 +61,7 @@ class ObserveRanges(Pass):
         if not ranges:
             raise InvalidInput("observe-ranges saw no values: the calibration batches are empty")
         context.facts["ranges"] = ranges
+        keep_reference(graph, context)
         if self.per != "tensor":
             context.facts[f"{self.per}-ranges"] = seen.found_parts(self.percentile, (1 << self.bits) - 1)
         context.remark(self.name, "model", values=len(ranges), batches=count)

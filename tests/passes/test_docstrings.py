@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from bitwright.ir.text import parse
+from bitwright.ir.weights import Weights
 from bitwright.passes._instruments import random_weights
 from bitwright.passes._pass import Context, Pass
 from bitwright.passes.registry import PASSES, describe, load
 
 RANGES = {"x": (-1.0, 3.0), "h": (0.0, 2.0), "y": (-2.0, 2.0)}
 
-NEED_DATA = ("assign-precision", "smooth-quant", "correct-bias", "retune-norms")
+NEED_DATA = ("assign-precision", "smooth-quant", "correct-bias", "retune-norms", "synthesize-calibration")
 
 
 @pytest.mark.parametrize("name", [n for n in PASSES if n != "observe-ranges"])
@@ -34,6 +36,8 @@ def test_docstring_rewrite(
     if name in NEED_DATA:
         graph = parse(textwrap.dedent(before).strip() + "\n")
         context.calibration = [inputs(graph, seed) for seed in range(4)]
+        halved = {k: (h.array / 2).astype(h.array.dtype) for k, h in random_weights(graph).items()}
+        context.facts["reference"] = replace(graph, weights=Weights(halved))  # a float model to be held against
     check(cls(), before=before, after=after, context=context, tolerance=tolerance)
 
 

@@ -35,6 +35,8 @@ class Options:
 
 def sweep(graph: Graph, context: Context, layers: list[Layer], options: Options, who: str) -> None:
     """Solve the layers in place, in order of execution. One layer's Gram matrix and the live values are held."""
+    import torch
+
     if not layers:
         return
     by_node = {n.output: x for x in layers for n in x.nodes}
@@ -50,6 +52,8 @@ def sweep(graph: Graph, context: Context, layers: list[Layer], options: Options,
             seen = tied.pop(layer.ref, None)
             if seen is None:
                 seen = Moments.empty(layer.size)
+                if all(torch.equal(x, z) for x, z in zip(xs, twins, strict=False)):
+                    twins = []  # nothing before this layer changed
                 for i, x in enumerate(xs):
                     _gather(graph, node, x, i, seen, twins[i] if twins else None)
             _rebuild(layer, seen, store, options, context, who)

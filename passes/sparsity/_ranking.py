@@ -14,20 +14,32 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 18
 """Elements ranked at a time: what is compared stays in the caches."""
+COUNTED = 32
+"""Groups up to this size are ranked by counting who is larger."""
 
 
-def top(runs: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count`` largest of each row [rows, n]: what exceeds the count-th largest, then equals in index order."""
+def best(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """True at the ``count`` largest of each row [rows, n], equals in index order."""
     import torch
 
-    kept = torch.empty(runs.shape, dtype=torch.bool)
-    step = max(1, PIECE // runs.shape[1])
-    for s, into in zip(torch.split(runs, step), torch.split(kept, step), strict=True):
-        limit = s.kthvalue(s.shape[1] - count + 1, dim=-1, keepdim=True).values
-        over, equal = s > limit, s == limit
-        room = count - over.sum(-1, keepdim=True, dtype=torch.int32)
-        torch.logical_or(over, equal & (equal.cumsum(-1, dtype=torch.int32) <= room), out=into)
+    kept = torch.empty(rows.shape, dtype=torch.bool)
+    step = max(1, PIECE // rows.shape[1])
+    for s, into in zip(torch.split(rows, step), torch.split(kept, step), strict=True):
+        if s.shape[1] <= COUNTED:
+            torch.lt(_rank(s), count, out=into)
+        else:
+            into.copy_(_select(s, count))
     return kept
+
+
+def _select(s: torch.Tensor, count: int) -> torch.Tensor:
+    """What exceeds the count-th largest of a row, then as many of its equals as there is room for."""
+    import torch
+
+    limit = s.kthvalue(s.shape[1] - count + 1, dim=-1, keepdim=True).values
+    over, equal = s > limit, s == limit
+    room = count - over.sum(-1, keepdim=True, dtype=torch.int32)
+    return over | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
 
 
 def in_blocks(score: torch.Tensor, block: int) -> torch.Tensor:
@@ -58,14 +70,10 @@ def largest(score: torch.Tensor, nm: NM, size: int) -> torch.Tensor:
 
     blocks = score.shape[-1]
     s = torch.nn.functional.pad(score, (0, -blocks % nm.group), value=-1.0) if blocks % nm.group else score
-    kept = torch.empty(s.shape, dtype=torch.bool)
-    flat, out = s.reshape(-1, nm.group), kept.view(-1, nm.group)
-    step = PIECE // nm.group
-    for part, into in zip(torch.split(flat, step), torch.split(out, step), strict=True):
-        torch.lt(_rank(part), nm.keep, out=into)
+    kept = best(s.reshape(-1, nm.group), nm.keep).view(s.shape)
     if blocks % nm.group:
         last = slice(blocks - blocks % nm.group, None)
-        kept[..., last] = _rank(s[..., last]) < keep_in_tail(nm, size)
+        kept[..., last] = best(s[..., last].reshape(-1, nm.group), keep_in_tail(nm, size)).view(kept[..., last].shape)
     return kept[..., :blocks]
 
 
@@ -73,13 +81,9 @@ def _rank(s: torch.Tensor) -> torch.Tensor:
     """Place of each element in its group, largest first, equals in index order."""
     import torch
 
-    group = s.shape[-1]
-    if group > 8:
-        order = torch.sort(s, dim=-1, descending=True, stable=True).indices
-        return torch.empty_like(order).scatter_(-1, order, torch.arange(group).expand_as(order))
     columns = s.movedim(-1, 0).contiguous()
     ranks = torch.zeros_like(columns, dtype=torch.int8)
-    for j in range(1, group):
+    for j in range(1, len(columns)):
         ahead = (columns[j] > columns[:j]).to(torch.int8)  # an equal one stays behind the earlier index
         ranks[:j] += ahead
         ranks[j] += j - ahead.sum(0, dtype=torch.int8)

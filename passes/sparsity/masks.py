@@ -14,7 +14,7 @@ from bitwright.ir.weights import Array
 from bitwright.passes.sparsity._diversity import mask_diversity, pattern_from_density
 from bitwright.passes.sparsity._magnitude import check_axis, floats, share
 from bitwright.passes.sparsity._mvue import mvue_mask
-from bitwright.passes.sparsity._ranking import in_blocks, largest, share_rows, top
+from bitwright.passes.sparsity._ranking import best, in_blocks, largest, share_rows
 from bitwright.passes.sparsity._transposable import transposable_mask
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def fixed_count_mask(
     for part, into in ((score[..., :full], kept[..., :full]), (score[..., full:], kept[..., full:])):
         if part.numel():
             run = min(per, part.shape[-1])
-            into.copy_(top(part.reshape(-1, run), share(count, per, run)).reshape(part.shape))
+            into.copy_(best(part.reshape(-1, run), share(count, per, run)).reshape(part.shape))
     kept = kept.repeat_interleave(block, -1)[..., :size] if block > 1 else kept
     return kept.movedim(-1, axis)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph, Node
@@ -44,6 +44,7 @@ class ConvertUnstructured(MaskingPass):
     group: int = 8
     confidence: float = 0.95
     transposable: bool = False
+    score: Literal["magnitude", "wanda"] = "magnitude"
     only: str = "*"
     except_: str = ""
     skip_first: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
@@ -41,6 +41,7 @@ class FixedCountMask(MaskingPass):
     per: int = 64
     density: float = 0.25
     block: int = 1
+    score: Literal["magnitude", "wanda"] = "magnitude"
     only: str = "*"
     except_: str = ""
     skip_first: bool = False

@@ -172,3 +172,23 @@ def _centred(rows: Array, kept: Array) -> Array:
     mean = rows.sum(1, where=kept) / np.maximum(kept.sum(1), 1)
     out: Array = np.where(kept, rows - mean[:, None], 0.0)
     return out
+
+
+def coarsest(codes: Array) -> tuple[Array, Array]:
+    """The same rows [O, K] on the coarsest grid that rounds back to them, and the factors [O] of their scales.
+
+    Weights that were trained as few codes come back from quantization to 8 bits with larger ones: 127 q / max|q|.
+    """
+    rows, factor = codes.astype(np.int64), np.ones(len(codes))
+    top = np.maximum(np.abs(rows).max(1, initial=0), 1)
+    sample = np.unique(np.linspace(0, max(rows.shape[1] - 1, 0), 24).astype(int))
+    open_ = np.ones(len(rows), bool)
+    for m in range(1, int(top.max(initial=1))):
+        at = np.flatnonzero(open_ & (m <= 0.6 * top))  # every integer lies near some point of a finer grid
+        for columns in (sample, slice(None)):  # most rows fail on a few columns
+            ratio = m / top[at, None]
+            coarse = np.rint(codes[at][:, columns] * ratio)
+            same = (np.abs(coarse / ratio - codes[at][:, columns]) <= 0.501).all(1)  # halves round either way
+            at, coarse = at[same], coarse[same]
+        rows[at], factor[at], open_[at] = coarse.astype(np.int64), top[at] / m, False
+    return rows, factor

@@ -13,7 +13,7 @@ from bitwright.ir.graph import Graph, Node
 from bitwright.ir.types import F32, TensorType
 from bitwright.ir.weights import Array
 from bitwright.passes._layers import layer_of, stem
-from bitwright.passes.accumulators._a2q import FACTORS, Inputs, Limit, fit, inner_bits, limit_of, tiled
+from bitwright.passes.accumulators._a2q import FACTORS, Inputs, Limit, coarsest, fit, inner_bits, limit_of, tiled
 from bitwright.passes.lowering._dyadic import scalar_quantization
 from bitwright.passes.sparsity._inputs import lowered, raised, rows
 
@@ -135,14 +135,16 @@ def solve(layer: Layer, options: Options) -> str:
         return f"not even a weight of 1 fits {options.bits} bits with {x.bits}-bit inputs: it takes {least} bits"
     start = lowered(layer.op, layer.codes).numpy()
     kept = start != 0 if layer.encoded else np.ones(start.shape, bool)
-    fits = _needed(layer, start, options) <= options.bits
-    shared = layer.scale.size == 1
-    if fits.all():
-        q, factor = start.astype(np.int64), np.ones(len(start))
-    else:
-        q, factor = _solution(layer, options, limit, start, kept)
-        if not shared:
-            q, factor = np.where(fits[:, None], start.astype(np.int64), q), np.where(fits, 1.0, factor)
+    q, factor = start.astype(np.int64), np.ones(len(start))
+    fits = _needed(layer, q, options) <= options.bits
+    untouched, shared = fits, layer.scale.size == 1
+    if not fits.all() and not shared:
+        found = coarsest(start[~fits])
+        q[~fits], factor[~fits] = found
+        fits = _needed(layer, q, options) <= options.bits
+    if not fits.all():
+        more, times = _solution(layer, options, limit, start, kept)
+        q, factor = (more, times) if shared else (np.where(fits[:, None], q, more), np.where(fits, factor, times))
     needed = int(_needed(layer, q, options).max(initial=1))
     assert needed <= options.bits, f"a constrained row of {layer.name} does not fit"
     scale = (layer.scale * (factor[:1] if shared else factor)).astype(np.float32)
@@ -151,7 +153,7 @@ def solve(layer: Layer, options: Options) -> str:
     layer.facts |= {"changed_rows": int((q != start).any(1).sum()), "coarser": float(factor.mean())}
     layer.facts |= {"l1_before": int(np.abs(start).sum(1).max()), "l1_after": int(np.abs(q).sum(1).max())}
     old, new = start * layer.scale.reshape(-1, 1), q * scale.astype(np.float64).reshape(-1, 1)
-    plain = _rescaled(start, limit, fits) * layer.scale.reshape(-1, 1)
+    plain = _rescaled(start, limit, untouched) * layer.scale.reshape(-1, 1)
     _errors(layer, old, new, plain)
     return ""
 

@@ -13,6 +13,7 @@ from bitwright import errors
 from bitwright._version import __version__
 
 if TYPE_CHECKING:
+    from bitwright.a2q_training import constrained_training
     from bitwright.driver import advise, capture, compile, load, load_graph, load_onnx, optimize, verify
     from bitwright.ir.graph import Graph
     from bitwright.ir.target import Target
@@ -27,6 +28,7 @@ _LAZY = {
     "Graph": "bitwright.ir.graph",
     "Target": "bitwright.ir.target",
     "Program": "bitwright.runtime.program",
+    "constrained_training": "bitwright.a2q_training",
     "sparse_training": "bitwright.training",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "advise",
     "capture",
     "compile",
+    "constrained_training",
     "errors",
     "load",
     "load_graph",

@@ -8,9 +8,21 @@ import numpy as np
 import pytest
 import torch
 
+from bitwright.ir.errors import InvalidInput
 from bitwright.ir.numerics import bits_for, type_bound
-from bitwright.passes.accumulators._a2q import FACTORS, Inputs, Limit, Shrink, fit, inner_bits, limit_of, tiled
+from bitwright.passes.accumulators._a2q import (
+    FACTORS,
+    Inputs,
+    Limit,
+    Shrink,
+    coarsest,
+    fit,
+    inner_bits,
+    limit_of,
+    tiled,
+)
 from bitwright.passes.accumulators._axe import greedy
+from bitwright.passes.accumulators.a2q import A2QWeight
 
 RNG = np.random.default_rng(5)
 INPUTS = [Inputs(0, 255, 0), Inputs(0, 255, 97), Inputs(-128, 127, 0), Inputs(-128, 127, -128), Inputs(0, 15, 15)]
@@ -138,3 +150,57 @@ def test_greedy_survives_inputs_that_are_zero_or_alike() -> None:
     for order in ("gptq", "gpfq"):
         q = greedy(rows, torch.ones(1, 3, 5, dtype=torch.bool), gram, Limit(20.0, True), order)
         assert bool(q.isfinite().all())
+
+
+def test_coarse_codes_are_found_again() -> None:
+    few = RNG.integers(-37, 38, (6, 80))
+    few[:, 0], few[0] = 37, 0
+    codes = np.rint(few * 127 / np.maximum(np.abs(few).max(1, keepdims=True), 1))
+    rows, factor = coarsest(codes)
+    np.testing.assert_array_equal(rows, few)
+    np.testing.assert_allclose(factor[1:], 127 / 37)
+    dense = RNG.integers(-127, 128, (5, 300))
+    rows, factor = coarsest(dense.astype(float))
+    np.testing.assert_array_equal(rows, dense)
+    assert (factor == 1).all()
+
+
+@pytest.mark.parametrize(("bits", "weight_bits", "input_bits"), [(12, 4, 4), (14, 8, 8), (16, 8, 8), (16, 4, 4)])
+def test_trained_weights_hold_their_cap_from_the_start(bits: int, weight_bits: int, input_bits: int) -> None:
+    torch.manual_seed(bits)
+    w = torch.randn(8, 5, 3, 3)
+    kept = torch.rand(w.shape) < 0.6
+    made = A2QWeight(w, bits, weight_bits, input_bits, kept)
+    start = made.projected(w)
+    codes = made.codes(start).detach()
+    assert bool((codes == codes.round()).all())
+    assert not bool(codes[~kept].any())
+    half = ((1 << (bits - 1)) - 1) / ((1 << input_bits) - 1)
+    assert float(codes.clamp(min=0).sum((1, 2, 3)).max()) <= half
+    assert float((-codes).clamp(min=0).sum((1, 2, 3)).max()) <= half
+    assert float(codes.abs().max()) <= 2 ** (weight_bits - 1) - 1
+    loss = (made(start).detach() - w).square().sum()
+    assert float(loss) < 0.9 * float(w.square().sum())
+    start.requires_grad_()
+    (made(start) - w).square().sum().backward()
+    for p in (start, made.log_scale, made.log_norm):
+        assert p.grad is not None
+        assert bool(p.grad.isfinite().all())
+
+
+def test_the_penalty_counts_what_lies_above_the_cap() -> None:
+    made = A2QWeight(torch.randn(3, 9), 16)
+    assert float(made.penalty().detach()) == 0.0
+    with torch.no_grad():
+        made.log_norm.add_(30)
+    assert float(made.penalty().detach()) > 3 * 20
+    assert float(made.radius.detach().max()) <= made.cap * (1 + 1e-6)
+    made.penalty().backward()  # type: ignore[no-untyped-call]
+    assert made.log_norm.grad is not None
+    assert bool((made.log_norm.grad == 1).all())
+
+
+@pytest.mark.parametrize("widths", [(1, 8, 8), (65, 8, 8), (16, 1, 8), (16, 8, 0), (9, 8, 12)])
+def test_widths_that_fit_nothing(widths: tuple[int, int, int]) -> None:
+    with pytest.raises(InvalidInput, match=r"no such widths|not even"):
+        A2QWeight(torch.randn(2, 4), *widths)

@@ -38,6 +38,24 @@ def quantize_weight(weight: Array, per_tensor: bool = False) -> tuple[Array, Arr
     return np.clip(q, -127, 127).astype(np.int8), scale
 
 
+def codes_behind(graph: Graph, node: Node) -> Node | None:
+    """The dequantize of constant integer codes that a contraction reads as its weight, or None."""
+    source = graph.producers.get(node.inputs[1])
+    held = source is not None and isinstance(source.op, ops.Dequantize) and graph.is_constant(source.inputs[0])
+    return source if held and graph.types[source.inputs[0]].dtype.is_integer else None  # type: ignore[union-attr]
+
+
+def why_not_codes(graph: Graph, node: Node) -> str:
+    """Why the activation of a layer with a dequantized weight stays as it is, or the empty string."""
+    source, x = codes_behind(graph, node), graph.producers.get(node.inputs[0])
+    if source is None or (x is not None and isinstance(x.op, ops.Dequantize)):
+        return "quantized already"
+    assert isinstance(source.op, ops.Dequantize)
+    if source.op.group:
+        return f"weight scales per {source.op.group} inputs: no integer kernel, activations stay float"
+    return ""
+
+
 @dataclass
 class Writer:
     """Writes the plan: 8-bit forms after their producers, contractions over dequantized operands."""

@@ -12,7 +12,7 @@ from bitwright.ir.graph import Graph, Node
 from bitwright.ir.types import F32, U8
 from bitwright.passes._layers import layer_of, selected
 from bitwright.passes._pass import Context, Pass
-from bitwright.passes.precision._qdq import Writer
+from bitwright.passes.precision._qdq import Writer, codes_behind, why_not_codes
 from bitwright.passes.precision._regions import Range, Regions
 
 
@@ -64,7 +64,7 @@ class QuantizeInt8(Pass):
     def _layers(self, graph: Graph, context: Context, ranges: dict[str, Range]) -> dict[str, tuple[str, ...]]:
         """Operands to quantize by contraction; refusals for the others."""
         found = [n for n in graph.nodes if isinstance(n.op, (ops.Linear, ops.Conv, ops.ConvTranspose, ops.MatMul))]
-        weighted = [n for n in found if graph.is_constant(n.inputs[1])]
+        weighted = [n for n in found if graph.is_constant(n.inputs[1]) or codes_behind(graph, n) is not None]
         chosen: dict[str, tuple[str, ...]] = {}
         for n in found:
             if not selected(self.only, self.except_, graph, n):
@@ -85,8 +85,10 @@ class QuantizeInt8(Pass):
         if isinstance(n.op, ops.MatMul) and not self.matmul:
             return "matmul of two activations (matmul=true quantizes it)"
         if not isinstance(n.op, ops.MatMul) and not graph.is_constant(n.inputs[1]):
-            low = source is not None and isinstance(source.op, ops.Dequantize)
-            return "quantized already" if low else "weight is computed, not constant"
+            if source is None or not isinstance(source.op, ops.Dequantize):
+                return "weight is computed, not constant"
+            if why := why_not_codes(graph, n):
+                return why
         if {graph.types[x].dtype for x in n.inputs} != {F32}:
             return f"operands are {graph.types[n.inputs[0]].dtype}: cast the model to f32 first"
         missing = [x for x in operands if x not in ranges]

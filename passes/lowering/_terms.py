@@ -24,6 +24,8 @@ class Reader(Emitter):
         super().__init__(rw)
         self.rw, self.graph = rw, rw.graph
         self.contracted: dict[str, Term] = {}
+        self.floats: dict[str, str] = {}
+        """New f32 weights by old dequantized value."""
 
     def low(self, value: str) -> Term | None:
         """The integer tensor of at most 16 bits behind a dequantized value with one scale."""

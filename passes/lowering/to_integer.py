@@ -10,6 +10,7 @@ import numpy as np
 from bitwright.ir import ops
 from bitwright.ir.build import Rewriter
 from bitwright.ir.graph import Graph, Level, Node
+from bitwright.ir.interpret import to_numpy, to_torch
 from bitwright.ir.types import F32
 from bitwright.passes._layers import layer_of
 from bitwright.passes._pass import Context, Pass
@@ -72,7 +73,7 @@ class LowerToInteger(Pass):
         if isinstance(found, str):
             cure = "quantize weights symmetrically to s8" if "zero point" in found else ""
             context.refuse(self.name, layer_of(reader.graph, node), f"stays float: {found}", cure)
-            reader.rw.keep(node)
+            _keep_float(reader, node)
             return
         reader.contracted[node.output] = found
         reader.rw.free(node)
@@ -82,6 +83,31 @@ class LowerToInteger(Pass):
 def _quantized(graph: Graph, node: Node) -> bool:
     """True when any operand of a contraction is dequantized: then it should become integer, or say why not."""
     return any(isinstance(graph.producers[x].op, ops.Dequantize) for x in node.inputs[:2] if x in graph.producers)
+
+
+def _keep_float(reader: Reader, node: Node) -> None:
+    """Keep a float contraction; a weight of integer codes becomes the f32 weight that float kernels read."""
+    from bitwright.ir.semantics import apply
+
+    rw, graph = reader.rw, reader.graph
+    source = graph.producers.get(node.inputs[1])
+    codes = graph.producers.get(source.inputs[0]) if source and isinstance(source.op, ops.Dequantize) else None
+    if source is None or codes is None or not isinstance(codes.op, ops.Weight) or source.type.dtype != F32:
+        rw.keep(node)
+        return
+    parameters = [graph.constant(x) for x in source.inputs]
+    if any(a is None for a in parameters):
+        rw.keep(node)
+        return
+    if source.output not in reader.floats:
+        (real,) = apply(source.op, *map(to_torch, parameters))
+        kept = codes.type.encoding if len(source.inputs) == 2 else None
+        key = codes.op.ref
+        reader.floats[source.output] = rw.weight(
+            key, to_numpy(real), source.type.with_encoding(kept), name=f"{key}.f32", origin=source.origin
+        )
+    w = reader.floats[source.output]
+    rw.keep_as(node, node.op, (rw.of(node.inputs[0])[0], w, *rw.of(*node.inputs[2:])), node.types)
 
 
 def _as_float(reader: Reader, node: Node, t: Term) -> str:

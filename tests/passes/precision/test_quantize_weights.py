@@ -279,3 +279,16 @@ def test_encoding_of_plain_zeros_survives(read: Read) -> None:
     after, _, _ = ran(read(NETWORK, {"fc.weight": w}), "quantize-weights{bits=4 rounding=gptq}")
     assert (low_weights(after)["fc.weight"][1][:, ::3] == 0).all()
     assert not isinstance(low_weights(after)["fc.weight"][0].encoding, Unstructured)
+
+
+@pytest.mark.parametrize("options", ["bits=4 group=32", "bits=3", "bits=4 symmetric=false"])
+def test_weights_of_float_layers_are_dequantized_beforehand(read: Read, options: str, tmp_path: Path) -> None:
+    """Without integer activations the codes become f32 weights at lowering, and a float kernel reads them."""
+    graph = read(NETWORK)
+    passes = f"quantize-weights{{{options}}}"
+    program = compile_model(graph, recipe=passes, calibration=[batch(graph)], cache_dir=tmp_path)
+    layers = [layer for layer in program.report.layers if layer.formats.w]
+    assert [layer.kernel for layer in layers if layer.op.startswith(("conv", "linear"))] == ["contract"] * 4
+    (want,) = evaluate(ran(graph, passes, 1)[0], batch(graph))
+    got = np.asarray(program(*batch(graph).values()))
+    np.testing.assert_allclose(got, want.numpy(), rtol=1e-4, atol=1e-5)

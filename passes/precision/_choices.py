@@ -71,7 +71,7 @@ class Choice:
         if self.bits < 8:
             from bitwright.passes.precision.quantize_weights import QuantizeWeights
 
-            steps.append(QuantizeWeights(bits=self.bits, only=only, rounding=rounding))  # type: ignore[arg-type]
+            steps.append(QuantizeWeights(bits=self.bits, only=only, rounding=rounding))
         return tuple(steps)
 
 

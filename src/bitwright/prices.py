@@ -90,7 +90,7 @@ class Prices:
         b = Builder("layer")
         x = b.input("x", graph.types[node.inputs[0]].with_dtype(F32))
         w = graph.types[node.inputs[1]]
-        weight = rng.standard_normal(w.static_shape).astype(np.float32) / np.sqrt(w.size / w.static_shape[0])
+        weight = (rng.standard_normal(w.static_shape) / np.sqrt(w.size / w.static_shape[0])).astype(np.float32)
         y = b.emit(node.op, x, b.weight("layer.weight", weight))
         return b.finish([b.emit(ops.Unary("relu"), y)], ["y"])
 

@@ -220,7 +220,7 @@ def test_weights_that_stay_float(read: Read, weight: str, extra: str, reason: st
     graph, after, context = lowered(read, "%q: u8[3, 16]", body, **values)
     assert reason in context.refusals[0].reason
     assert ops_of(after)["linear"] == 1
-    assert ops_of(graph) == ops_of(after)
+    assert ops_of(after) == {**ops_of(graph), "dequantize": 1}  # the weight's was done once and for all
 
 
 def test_weight_only_and_activation_only_stay_float(read: Read) -> None:
@@ -231,7 +231,7 @@ def test_weight_only_and_activation_only_stay_float(read: Read) -> None:
         "stays float: the weight is not a dequantized constant",
         "stays float: the activation is not quantized per tensor",
     ]
-    assert ops_of(after) == {"dequantize": 2, "linear": 2, "add": 1}
+    assert ops_of(after) == {"dequantize": 1, "linear": 2, "add": 1}  # the weight became f32
 
 
 def test_a_bias_beyond_32_bits_stays_float(read: Read) -> None:

@@ -132,7 +132,7 @@ def synthesize(
                 loss, _ = statistics_loss(graph, leaves, known)
             else:
                 loss = class_loss(evaluate(graph, leaves, grad=True)[0], classes, leaves)
-        value = float(loss)
+        value = float(loss.detach())
         first = value if step == 0 else first
         if value < best:
             best, kept = value, {k: v.detach().clone() for k, v in leaves.items()}

@@ -33,7 +33,8 @@ Compiled = Annotated[Path, typer.Argument(metavar="MODEL.BW", help="A compiled p
 TargetName = Annotated[str, typer.Option("--target", "-t", help="Machine to compile for; see `bitwright targets`.")]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help='Passes and recipes, as in "nm-mask{pattern=2:4}, int8".')]
 Calibration = Annotated[
-    Path | None, typer.Option("--calibrate", "-c", help=".npz of real inputs by name, or a folder of such files.")
+    Path | None,
+    typer.Option("--calibrate", "-c", help=".npz of real inputs, or a folder; `synthetic`: made from batch norms."),
 ]
 Input = Annotated[Path | None, typer.Option("--input", "-i", help=".npz with the inputs by name.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads one call uses.")]
@@ -90,13 +91,15 @@ def compile_command(
     out = output or model.with_suffix(".bw")
     if not out.parent.is_dir():
         raise InvalidInput(f"there is no folder {out.parent} to write {out.name} to")
-    if calibrate and not calibrate.exists():
+    made_up = calibrate == Path("synthetic") and not calibrate.exists()
+    if calibrate and not made_up and not calibrate.exists():
         raise InvalidInput(f"there is no calibration file or folder {calibrate}")
     with _progress() as progress:
         progress(f"reading {model.name}", 0.0)
         graph = _load(model)
+        data = "synthetic" if made_up else cli_io.calibration(calibrate, graph)
         program = driver.compile(
-            graph, target=target, recipe=recipe, calibration=cli_io.calibration(calibrate, graph), threads=threads,
+            graph, target=target, recipe=recipe, calibration=data, threads=threads,
             batch=batch, sizes=cli_io.sizes(size), dump=dump, measure=measure, progress=progress, budget=budget,
         )  # fmt: skip
         program.save(out)

@@ -162,7 +162,8 @@ def compile(
 
     ``model``: ``torch.nn.Module`` (with ``example_inputs``), ``ExportedProgram``, :class:`Graph`, ONNX path or
     ``ModelProto``. ``recipe``: ``"float"``, ``"int8"`` or a pass list such as ``"nm-mask{pattern=2:4}, int8"``.
-    ``calibration``: inputs for passes that need them. ``batch``: rows computed at once of a model with a symbolic
+    ``calibration``: inputs for passes that need them, or ``"synthetic"`` for inputs made from the statistics of the
+    model's batch norms. ``batch``: rows computed at once of a model with a symbolic
     batch (any number may be passed to the program); ``sizes`` fixes symbols. ``budget``, such as ``"size=0.16"`` or
     ``"latency=0.5"``, is that of the recipe's ``assign-precision``. Raises :class:`Unsupported` with every
     problem at once, :class:`InvalidInput` for bad arguments.
@@ -174,6 +175,8 @@ def compile(
     _whole("threads", threads, 1024)
     _whole("batch", batch)
     recipe = _recipe(recipe, budget)
+    if isinstance(calibration, str) and calibration == "synthetic":
+        recipe, calibration = _synthesized(recipe), None
     machine = resolve(target)
     graph = to_graph(model, example_inputs)
     if sizes:
@@ -217,6 +220,14 @@ def _recipe(recipe: Recipe, budget: str) -> Recipe:
     if not any(isinstance(p, AssignPrecision) for p in listed):
         raise InvalidInput(f"budget {budget!r} needs a recipe that assigns precision, such as ptq-light")
     return tuple(replace(p, budget=budget) if isinstance(p, AssignPrecision) else p for p in listed)
+
+
+def _synthesized(recipe: Recipe) -> Recipe:
+    """The recipe with a pass before it that makes calibration data from batch-norm statistics."""
+    from bitwright.passes._spec import parse_passes
+    from bitwright.passes.precision.synthesize_calibration import SynthesizeCalibration
+
+    return (SynthesizeCalibration(), *(parse_passes(recipe) if isinstance(recipe, str) else recipe))
 
 
 def onnx_executor(graph: Graph) -> Callable[[Sequence[Any]], list[Any]]:

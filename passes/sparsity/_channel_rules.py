@@ -171,14 +171,36 @@ def matmul(t: Trace, node: Node) -> None:
     if rb == 2 and t.graph.is_constant(b) and not t.graph.is_constant(a) and ra >= 2:
         _contract(t, node, rank - 1, rank - 1, int(op.transpose_b), 1 - int(op.transpose_b))
         return
-    out = []
-    for value, kept, to in ((a, ra - 2, rank - 2), (b, rb - 2 if op.transpose_b else rb - 1, rank - 1)):
-        for x in t.of(value):
-            if x.axes == (kept,) and min(ra, rb) >= 2:
-                out.append(x.on((to,)))
-            else:
-                t.pin([x], f"are summed with computed values (%{node.output})")
-    t.labels[node.output] = tuple(out)
+    if min(ra, rb) < 2:
+        _pin_all(t, node, f"are multiplied by a vector (%{node.output})")
+        return
+    out: dict[tuple[int, ...], Label] = {}
+    for i, kept, to in ((0, ra - 2, rank - 2), (1, rb - 2 if op.transpose_b else rb - 1, rank - 1)):
+        for x in t.of(node.inputs[i]):
+            new = _factor(t, node, i, x, kept, to)
+            if new is not None:
+                out.setdefault(new.axes, new)
+    t.labels[node.output] = tuple(out.values())
+
+
+def _factor(t: Trace, node: Node, i: int, x: Label, kept: int, to: int) -> Label | None:
+    """What becomes of a label of one factor of a product: ``kept`` is its axis that is not summed, ``to`` the
+    result's. Channels along it move inside their matrix; those of batch axes alone must agree with the other factor."""
+    here, rank = t.graph.types[node.inputs[i]], node.type.rank
+    batch = tuple(a + rank - here.rank for a in x.axes if a < here.rank - 2)
+    if x.axes == (kept,):
+        return x.on((to,))
+    if len(batch) == len(x.axes):
+        other = node.inputs[1 - i]
+        shift = rank - t.graph.types[other].rank
+        facing = tuple(y.on(tuple(a + shift for a in y.axes)) for y in t.of(other))
+        _meet(t, node, 1 - i, other, x.on(batch), facing)
+        return x.on(batch)
+    if t.mode == "permute" and len(batch) == len(x.axes) - 1 and kept in x.axes:
+        t.cells.append((x, _others(x, len(x.axes) - 1)))
+        return x.on((*batch, to))
+    t.pin([x], f"are summed with computed values (%{node.output})")
+    return None
 
 
 def attention(t: Trace, node: Node) -> None:

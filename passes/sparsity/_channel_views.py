@@ -131,6 +131,10 @@ def _reshaped(t: Trace, pieces: list[Piece], before: tuple[Dim, ...], after: tup
     new = Label(outer, atoms.reshape(shape).astype(np.int64), offsets.reshape(shape))
     if t.mode == "permute" or len(outer) == 1:
         return new
+    for i, axis in enumerate(outer):  # as where two axes had been merged before
+        along = np.moveaxis(new.atoms, i, 0).reshape(shape[i], -1)
+        if (along == along[:, :1]).all():
+            return Label((axis,), along[:, 0], np.zeros(shape[i], np.int64))
     t.unite(new.atoms.reshape(shape[0], -1))  # a block of the first axis goes or stays as a whole
     return Label(outer[:1], new.atoms.reshape(shape[0], -1)[:, 0], np.zeros(shape[0], np.int64))
 

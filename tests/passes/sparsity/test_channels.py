@@ -13,6 +13,7 @@ from bitwright.passes.sparsity._channel_edit import moved
 from bitwright.passes.sparsity._channel_prune import pruned
 from bitwright.passes.sparsity._channels import Coupling, couple
 from tests.passes.sparsity.channel_cases import BODIES, apart, case, model, moves, removal, silenced
+from tests.passes.sparsity.channel_fuzz import fuzzed
 
 Read = Callable[..., Graph]
 MODELS = (
@@ -63,7 +64,7 @@ def test_random_removals_equal_the_graph_that_does_not_read_them(name: str) -> N
     [
         ("flatten", [8]), ("residual", [8]), ("depthwise", [8]), ("grouped", [4, 4]), ("shuffle", [8]),
         ("norms", [4, 4, 6, 8]), ("glu", [8]), ("concat", [2, 5, 6]), ("mirror", [2, 2]),
-        ("heads", [4, 4]), ("tied", [8]),
+        ("heads", [4, 4]), ("tied", [8]), ("spelled", [4, 4]),
     ],
 )  # fmt: skip
 def test_what_may_move(name: str, groups: list[int]) -> None:
@@ -73,7 +74,7 @@ def test_what_may_move(name: str, groups: list[int]) -> None:
 @pytest.mark.parametrize(
     ("name", "groups"),
     [("flatten", [8]), ("residual", [8]), ("depthwise", [8]), ("norms", [2]), ("glu", [8]), ("heads", [2]),
-     ("shuffle", [2]), ("concat", [2, 5, 6]), ("mirror", [4]), ("tied", [8]), ("grouped", [])],
+     ("spelled", [2]), ("shuffle", [2]), ("concat", [2, 5, 6]), ("mirror", [4]), ("tied", [8]), ("grouped", [])],
 )  # fmt: skip
 def test_what_may_go(name: str, groups: list[int]) -> None:
     assert sorted(free(couple(case(name), "prune"))) == sorted(groups)
@@ -139,6 +140,21 @@ def test_a_mask_in_the_weight_holds_its_channels(
         made = {u.const: u.label for u in coupling.uses if u.role == "out"}
         assert (not coupling.reason(made["a"])) == free_columns
         assert (not coupling.reason(made["w"])) == free_rows
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_graphs(seed: int) -> None:
+    graph = fuzzed(seed)
+    verify(graph)
+    for mode in ("permute", "prune"):
+        coupling = couple(graph, mode)
+        if not free(coupling):
+            continue
+        if mode == "permute":
+            assert apart(graph, moved(coupling, moves(coupling, seed))) < 1e-4
+        else:
+            keep = removal(coupling, seed)
+            assert apart(graph, pruned(coupling, keep), silenced(coupling, keep)) < 1e-4
 
 
 def test_heads_can_be_kept() -> None:

@@ -32,7 +32,7 @@ class AssignPrecision(Pass):
           %x.q = quantize(%x, %x.scale, %x.zero) {dtype=u8} : u8[1, 2]
           %x.dq = dequantize(%x.q, %x.scale, %x.zero) : f32[1, 2]
           %fc.weight = weight {ref="fc.weight.1"} : s8[2, 2]
-          %fc.weight.scale = constant {values=[0.0010401956969872117, 0.0050427977686584]} : f32[2]
+          %fc.weight.scale = constant {values=[0.0010401956969872117, 0.0050426977686584]} : f32[2]
           %fc.weight.dq = dequantize(%fc.weight, %fc.weight.scale) {axis=0} : f32[2, 2]
           %y = linear(%x.dq, %fc.weight.dq) : f32[1, 2]
         }

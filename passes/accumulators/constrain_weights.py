@@ -47,7 +47,7 @@ class ConstrainWeights(Pass):
           %z = constant {values=[0]} : u8[]
           %x = dequantize(%q, %s, %z) : f32[1, 4]
           %w.1 = weight {ref="w"} : s8[2, 4]
-          %w.scale = constant {values=[0.3571428656578064, 0.5]} : f32[2]
+          %w.scale = constant {values=[2.5, 0.5]} : f32[2]
           %w.dq = dequantize(%w.1, %w.scale) {axis=0} : f32[2, 4]
           %y = linear(%x, %w.dq) : f32[1, 2]
         }

@@ -18,7 +18,14 @@ from bitwright.passes.registry import PASSES, describe, load
 
 RANGES = {"x": (-1.0, 3.0), "h": (0.0, 2.0), "y": (-2.0, 2.0)}
 
-NEED_DATA = ("assign-precision", "smooth-quant", "correct-bias", "retune-norms", "synthesize-calibration")
+NEED_DATA = (
+    "assign-precision",
+    "observe-accumulators",
+    "smooth-quant",
+    "correct-bias",
+    "retune-norms",
+    "synthesize-calibration",
+)
 
 
 @pytest.mark.parametrize("name", [n for n in PASSES if n != "observe-ranges"])

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from bitwright.ir.target import Target
 from bitwright.ir.text import show
 from bitwright.ir.types import symbols_of
 from bitwright.ir.work import macs
+from bitwright.passes._batches import LazyBatches
 from bitwright.passes._pass import Price
 from bitwright.pipeline import Lowered, lower
 from bitwright.runtime.artifact import Contents
@@ -146,27 +148,28 @@ def _refuse_empty(graph: Graph) -> None:
             )
 
 
-def fit_batches(graph: Graph, calibration: Sequence[Any]) -> list[Any]:
-    """Calibration batches cut to the graph's fixed batch where their first axis is a multiple of it."""
-    out: list[Any] = []
+def fit_batches(graph: Graph, calibration: Sequence[Any]) -> Sequence[Any]:
+    """Calibration batches, all checked, cut to the graph's fixed batch where their first axis is a multiple of it."""
+    if isinstance(calibration, LazyBatches):
+        return LazyBatches(calibration, partial(_fitted, graph))
+    return [b for batch in calibration for b in _fitted(graph, batch)]
+
+
+def _fitted(graph: Graph, b: Any) -> list[Any]:
     names = [v.name for v in graph.inputs]
-    for b in calibration:
-        arrays = [b[n] for n in names if n in b] if isinstance(b, dict) else list(b)
-        if len(arrays) != len(names):
-            given = sorted(b) if isinstance(b, dict) else f"{len(arrays)} arrays"
-            raise InvalidInput(f"a calibration batch needs inputs {names}, got {given}")
-        arrays = [
-            _convert(np.asarray(a), v.type.dtype.numpy, v.name) for a, v in zip(arrays, graph.inputs, strict=True)
-        ]
-        cut = _cut(graph, arrays)
-        for given, a, v in zip(arrays, cut[0], graph.inputs, strict=True):
-            if len(a.shape) != v.type.rank or any(
-                d != n if isinstance(n, int) else not d for d, n in zip(a.shape, v.type.shape, strict=True)
-            ):
-                shape = "x".join(map(str, given.shape))
-                raise InvalidInput(f"calibration data for input {v.name!r} is {shape}; the model takes {v.type}")
-        out += cut
-    return out
+    arrays = [b[n] for n in names if n in b] if isinstance(b, dict) else list(b)
+    if len(arrays) != len(names):
+        given = sorted(b) if isinstance(b, dict) else f"{len(arrays)} arrays"
+        raise InvalidInput(f"a calibration batch needs inputs {names}, got {given}")
+    arrays = [_convert(np.asarray(a), v.type.dtype.numpy, v.name) for a, v in zip(arrays, graph.inputs, strict=True)]
+    cut = _cut(graph, arrays)
+    for given, a, v in zip(arrays, cut[0], graph.inputs, strict=True):
+        if len(a.shape) != v.type.rank or any(
+            d != n if isinstance(n, int) else not d for d, n in zip(a.shape, v.type.shape, strict=True)
+        ):
+            shape = "x".join(map(str, given.shape))
+            raise InvalidInput(f"calibration data for input {v.name!r} is {shape}; the model takes {v.type}")
+    return cut
 
 
 def _convert(a: np.ndarray[Any, Any], want: np.dtype[Any], name: str) -> np.ndarray[Any, Any]:

@@ -44,6 +44,7 @@ bench: $(READY)  ## side-by-side measurements against peers; results in benchmar
 	$(PY) benchmarks/footprint.py
 	$(PY) benchmarks/models.py --profile
 	$(PY) benchmarks/masks.py
+	$(PY) benchmarks/accumulators.py
 	$(PY) benchmarks/allocation.py
 
 lint: $(READY)  ## ruff, mypy, import contracts

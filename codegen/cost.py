@@ -19,6 +19,8 @@ _SLOW = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish po
 _SLOW_STEPS = 12
 _GENERIC = 1.5e9
 """Scalar element steps per second of kernels that are not vectorised."""
+SMALL_FLOAT_SECONDS = 8e-9
+"""Of one emulated product and sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ def weight_bytes(t: TensorType, isa: str = "avx512-vnni") -> float:
 
     8-bit weights take 2 to 8 bits an index with AVX-512 and a byte elsewhere, f32 ones 4 bits (a byte in scalar code).
     """
-    dense = t.size * max(1, t.dtype.bits) / 8
+    dense = t.size * max(8, t.dtype.bits) / 8
     if not isinstance(t.encoding, NM):
         return dense
     kept = t.size * t.encoding.density
@@ -93,6 +95,8 @@ def _node_seconds(node: Node, body: Graph, target: Target, sparse: bool) -> tupl
         op = node.op
         narrow = (op.partial, op.every) if isinstance(op, ops.IntLinear | ops.IntConv) else (None, 0)
         rate = target.rate(x.dtype, w.dtype, *narrow)
+        if isinstance(op, ops.SMALL_FLOAT):
+            return count * SMALL_FLOAT_SECONDS, 0.0
         if not rate:
             return 2 * count / (2 * _GENERIC), 0.0
         gain, ideal = 1.0, 1.0

@@ -9,9 +9,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bitwright.ir.errors import InvalidInput
-from bitwright.ir.types import NM, DType
+from bitwright.ir.types import NM, S8, U8, DType
 
 Isa = Literal["avx512-vnni", "avx-vnni", "avx2", "portable"]
+
+
+def in_bytes(dtype: DType) -> DType:
+    """What a kernel reads values of this format as: u8 or s8 if they are kept one to a byte, else the format itself.
+
+    >>> from bitwright.ir.types import parse_dtype
+    >>> str(in_bytes(parse_dtype("u4"))), str(in_bytes(parse_dtype("ternary"))), str(in_bytes(parse_dtype("s16")))
+    ('u8', 's8', 's16')
+    """
+    return {U8.numpy: U8, S8.numpy: S8}.get(dtype.numpy, dtype) if dtype.is_integer else dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +89,12 @@ class Target:
                 raise InvalidInput(f"target {self.name}: {s.keep}:{s.group} cannot gain {s.gain} times")
 
     def rate(self, x: DType, w: DType, partial: DType | None = None, terms: int = 0) -> float:
-        """Operations per second of a dense contraction; 0.0 when the target has none for these operands.
+        """Operations per second of a dense contraction; 0.0 when the target has none for these operands. Formats
+        below 8 bits count as the 8-bit ones that hold them.
 
         ``partial`` and ``terms``: the format of partial sums and how many products they may take.
         """
-        same = [r for r in self.rates if (r.x, r.w) == (x, w)]
+        same = [r for r in self.rates if (r.x, r.w) == (in_bytes(x), in_bytes(w))]
         full = max((r.ops_per_second for r in same if r.terms == 1), default=0.0)
         return max((r.ops_per_second for r in same if r.acc == partial and 1 < r.terms <= terms), default=full)
 
@@ -95,7 +106,7 @@ class Target:
         declared group is as large.
         """
         keep, group = pattern.keep * pattern.block, pattern.group * pattern.block
-        same = [s for s in self.sparse if s.x == x and s.group >= group]
+        same = [s for s in self.sparse if s.x == in_bytes(x) and s.group >= group]
         if not same:
             return 0.0
         near = min(same, key=lambda s: (s.group, abs(s.keep - keep)))

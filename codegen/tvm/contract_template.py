@@ -16,7 +16,7 @@ from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.patterns import tightest_keeps, violation
-from bitwright.ir.target import Target
+from bitwright.ir.target import Target, in_bytes
 from bitwright.ir.types import F32, NM, S8, S16, U8, TensorType
 from bitwright.ir.weights import Array
 
@@ -55,6 +55,8 @@ class Contract(Template):
         root = root_of(body)
         if root is None:
             return Refused("not a contraction with a pointwise epilogue")
+        if isinstance(root.op, ops.SMALL_FLOAT):
+            return Refused("its sums are small floats, rounded one by one in a fixed order")
         position = {v.name: i for i, v in enumerate(body.inputs)}
         if any(x not in position for x in root.inputs):
             return Refused("an operand of the contraction is a literal")
@@ -113,6 +115,8 @@ class Contract(Template):
         weight = constants[body.inputs[config.weight].name]
         streams = packed[:-1] if config.spec.init else packed
         again, _ = contract.unpack(config.spec, config.knobs, streams)
+        if config.knobs.spill and (why := contract.unsafe_sums(config.spec, config.knobs, again)):
+            return why
         if not np.array_equal(again, weight.reshape(again.shape)):
             return "the packed weights do not unpack to the weights"
         pattern = body.inputs[config.weight].type.encoding
@@ -183,7 +187,7 @@ def _wider(spec: ContractSpec, weight: Array, target: Target) -> NM | None:
 
 def _spec_of(body: Graph, root: Node, constants: Mapping[str, Array]) -> ContractSpec | Refused:
     x, w = (body.types[v] for v in root.inputs[:2])
-    pair = (x.dtype, w.dtype)
+    pair = (in_bytes(x.dtype), in_bytes(w.dtype))
     if pair not in ((U8, S8), (F32, F32)):
         return Refused(f"no register-tiled kernel for {x.dtype} by {w.dtype}")
     constant = root.inputs[1] in constants
@@ -191,20 +195,25 @@ def _spec_of(body: Graph, root: Node, constants: Mapping[str, Array]) -> Contrac
         return Refused("the weights are computed at run time")
     if len(root.inputs) > 2 and root.inputs[2] not in constants:
         return Refused("the bias is computed at run time")
-    element: Element = "u8s8" if x.dtype == U8 else "f32"
+    element: Element = "u8s8" if pair == (U8, S8) else "f32"
     zero = getattr(root.op, "x_zero", 0)
     init = element == "u8s8" or len(root.inputs) > 2
     if isinstance(root.op, (ops.Linear, ops.IntLinear)):
         rows = math.prod(x.static_shape[:-1])
-        return ContractSpec(element, Matrix(rows, int(w.shape[0]), int(x.shape[-1])), init=init)
+        return ContractSpec(element, Matrix(rows, int(w.shape[0]), int(x.shape[-1])), init=init, x_hi=_x_hi(x))
     if isinstance(root.op, (ops.Conv, ops.IntConv)):
         geometry = _geometry(root.op, x.static_shape, w.static_shape)
         if isinstance(geometry, Refused):
             return geometry
-        return ContractSpec(element, geometry, init=init, pad_value=zero if any(geometry.padding) else 0)
+        pad = zero if any(geometry.padding) else 0
+        return ContractSpec(element, geometry, init=init, pad_value=pad, x_hi=max(pad, _x_hi(x)))
     if isinstance(root.op, ops.MatMul) and element == "f32":
         return _matmul(root.op, x.static_shape, w.static_shape)
     return Refused(f"{root.op.spelling} has no register-tiled kernel")
+
+
+def _x_hi(x: TensorType) -> int:
+    return x.dtype.hi if x.dtype.is_integer else U8.hi
 
 
 def _geometry(op: ops.Conv | ops.IntConv, x: tuple[int, ...], w: tuple[int, ...]) -> Conv | Refused:

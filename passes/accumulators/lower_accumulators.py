@@ -12,7 +12,7 @@ from bitwright.ir.build import Rewriter, rewrite
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph, Level, Node
 from bitwright.ir.partial_sums import Reach, safe_products
-from bitwright.ir.target import Rate
+from bitwright.ir.target import Rate, in_bytes
 from bitwright.ir.types import S8, S16, U8, DType
 from bitwright.passes._layers import layer_of, selected
 from bitwright.passes._pass import Context, Pass
@@ -83,7 +83,8 @@ class LowerAccumulators(Pass):
         """The format of partial sums and their length, why there is none, or None when nothing is to be said."""
         x, w = (graph.types[v] for v in node.inputs[:2])
         rates = context.target.rates if context.target else _ANY_TARGET
-        rates = tuple(r for r in rates if (r.x, r.w) == (x.dtype, w.dtype) and r.acc.bits < node.type.dtype.bits)
+        held = in_bytes(x.dtype), in_bytes(w.dtype)
+        rates = tuple(r for r in rates if (r.x, r.w) == held and r.acc.bits < node.type.dtype.bits)
         if not rates:
             label = context.target.name if context.target else "no target"
             return None if str(self.width) == "auto" else f"{label} is not faster for {x.dtype} x {w.dtype} with s16"
@@ -93,7 +94,8 @@ class LowerAccumulators(Pass):
         if isinstance(node.op, ops.IntConv) and node.op.groups == weight.shape[0] > 1 == weight.shape[1]:
             return "the sums of a depthwise convolution are too short to gain"
         rows = weight.reshape(len(weight), -1)
-        reach = {acc: safe_products(rows, x.dtype.hi, acc.bits) for acc in {r.acc for r in rates}}
+        most = max(x.dtype.hi, node.op.x_zero if isinstance(node.op, ops.IntConv) else 0)  # padding is the zero point
+        reach = {acc: safe_products(rows, most, acc.bits) for acc in {r.acc for r in rates}}
         fitting = [r for r in rates if reach[r.acc].terms >= r.terms]
         if not fitting:
             return _too_long(reach)

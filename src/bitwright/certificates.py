@@ -98,10 +98,12 @@ def _plain(value: Any) -> Any:
 def _rebuilt(data: Any) -> Any:
     """Inverse of :func:`_plain`; raises :class:`InvalidInput`."""
     from bitwright.codegen.tvm.contract import spec
+    from bitwright.codegen.tvm.lut import LutSpec
 
     if isinstance(data, dict):
         name, given = data.get("is"), {k: _rebuilt(v) for k, v in data.items() if k != "is"}
-        made = NM if name == "NM" else getattr(spec, str(name), None)
+        known = {"NM": NM, "LutSpec": LutSpec}
+        made = known.get(str(name)) or getattr(spec, str(name), None)
         if not is_dataclass(made) or not isinstance(made, type):
             raise InvalidInput(f"no decision of a kernel is called {name!r}")
         try:
@@ -276,13 +278,18 @@ def _unpacked(c: Certificate, contents: Contents, shape: tuple[int, ...]) -> tup
         if arrays[0].size != int(np.prod(shape)):
             raise InvalidInput(f"it stores {arrays[0].size} weights, the contraction has {shape}")
         return arrays[0].reshape(shape), None
-    from bitwright.codegen.tvm import contract
+    from bitwright.codegen.tvm import contract, lut
 
     spec, knobs = (_rebuilt(c.stored.config.get(k)) for k in ("spec", "knobs"))
+    if isinstance(spec, lut.LutSpec) and len(arrays) == 2:
+        return lut.unpack(spec, arrays[0]).reshape(shape), arrays[1][: spec.cols]
     if not isinstance(spec, contract.ContractSpec) or not isinstance(knobs, contract.Knobs):
         raise InvalidInput(f"no layout of weights is called {c.stored.layout!r}")
     start = arrays.pop() if spec.init else None
-    return contract.unpack(spec, knobs, arrays)[0].reshape(shape), start
+    weights = contract.unpack(spec, knobs, arrays)[0]
+    if knobs.spill and (why := contract.unsafe_sums(spec, knobs, weights)):
+        raise InvalidInput(why)
+    return weights.reshape(shape), start
 
 
 def _digest(array: Array) -> str:

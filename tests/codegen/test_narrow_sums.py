@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import bitwright as bw
+from bitwright import certificates
 from bitwright.codegen.instructions.x86 import VPMADDUBSW_256
 from bitwright.codegen.tvm.contract import ContractSpec, Conv, Knobs, Matrix, StoreAcc, emit, knobs, pack, unpack
 from bitwright.codegen.tvm.contract.choose import contraction_plan, terms_between_spills, unsafe_sums
@@ -19,7 +20,7 @@ from bitwright.ir import ops
 from bitwright.ir.build import Builder
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.interpret import evaluate, to_numpy
-from bitwright.ir.types import NM, parse_type
+from bitwright.ir.types import NM, TensorType, parse_type
 from tests.codegen import test_contract as plain
 
 Array = np.ndarray[Any, Any]
@@ -193,3 +194,45 @@ def test_a_recipe_may_decide_instead() -> None:
         assert program.report.pipeline.count("lower-accumulators") == 1
         assert ("s16 sums" in program.report.layers[0].reason) == narrow
     assert "lower-accumulators, fuse" in bw.compile(graph, target="x86-avx2").report.pipeline
+
+
+@pytest.mark.parametrize("target", ["x86-avx2", "x86-avx512-vnni", "x86-portable"])
+@pytest.mark.parametrize(
+    ("x_type", "w_type", "terms"), [("u4", "s4", 272), ("u4", "ternary", 600), ("u2", "s8", 84), ("u8", "s4", 16)]
+)
+def test_formats_below_8_bits_run_in_bytes(x_type: str, w_type: str, terms: int, target: str) -> None:
+    """The largest activation counts: 16-bit sums take 17 times as many products of u4 x s4 as of u8 x s4."""
+    x_dtype, w_dtype = parse_type(f"{x_type}[1]").dtype, parse_type(f"{w_type}[1]").dtype
+    rng = np.random.default_rng(5)
+    b = Builder(level="integer")
+    x, i = b.input("x", parse_type(f"{x_type}[6, 1200]")), b.input("i", parse_type(f"{x_type}[2, 8, 9, 9]"))
+    w, k = (rng.choice([w_dtype.lo, w_dtype.hi], s).astype(np.int8) for s in ((16, 1200), (16, 8, 3, 3)))
+    weight, kernel = (b.weight(n, v, TensorType(w_dtype, v.shape)) for n, v in (("fc.weight", w), ("c.weight", k)))
+    conv = ops.IntConv((1, 1), (1, 1, 1, 1), x_zero=x_dtype.hi)
+    graph = b.finish([b.emit(ops.IntLinear(x_zero=1), x, weight), b.emit(conv, i, kernel)])
+    program = bw.compile(graph, target=target)
+    data = [rng.choice([0, x_dtype.hi], shape).astype(np.uint8) for shape in ((6, 1200), (2, 8, 9, 9))]
+    data[0][:3], data[1][0] = np.where(w[:3] < 0, x_dtype.hi, 0), x_dtype.hi
+    for got, want in zip(program(*data), evaluate(graph, data), strict=True):
+        np.testing.assert_array_equal(got, to_numpy(want))
+    layers = {x.weight: x for x in program.report.layers if x.weight}
+    assert {x.kernel for x in layers.values()} == {"contract"}
+    assert all(("s16 sums" in x.reason) == (target == "x86-avx2") for x in layers.values())
+    if target == "x86-avx2":
+        assert terms // 2 < int(layers["fc"].reason.split("every ")[1].split()[0]), "dealt evenly"
+
+
+def test_verify_proves_the_sums_from_the_packed_weights() -> None:
+    """One more product in the program's weights than its 16-bit sums hold is found."""
+    weight = np.zeros((8, 64), np.int8)
+    weight[0, 0::4] = 8
+    b = Builder(level="integer")
+    graph = b.finish([b.emit(ops.IntLinear(), b.input("x", parse_type("u8[4, 64]")), b.weight("fc.weight", weight))])
+    contents = bw.compile(graph, target="x86-avx2").contents
+    assert [c.fault for c in certificates.check(contents)] == [""]
+    damaged = contents.weights.copy()
+    at = np.flatnonzero(damaged == 8)
+    assert at.size == 16
+    damaged[at[3]] = 9
+    (found,) = certificates.check(replace(contents, weights=damaged))
+    assert "16-bit sums of 16 steps can overflow with these weights: only 15 are safe" in found.fault

@@ -44,6 +44,7 @@ __all__ = [
     "supports",
     "terms_between_spills",
     "unpack",
+    "unsafe_sums",
 ]
 
 

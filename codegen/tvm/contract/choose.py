@@ -15,6 +15,7 @@ from bitwright.codegen.tvm.contract.plan import Plan, plan_of
 from bitwright.codegen.tvm.contract.spec import LANES, ContractSpec, Conv, Isa, Knobs, Matrix, image_of
 from bitwright.codegen.tvm.contract.tile import UNROLLED
 from bitwright.ir.errors import InvalidInput
+from bitwright.ir.types import U8
 
 TASKS = 32
 """Tasks a kernel should offer, so that a few threads can share it evenly."""
@@ -50,8 +51,8 @@ def supports(spec: ContractSpec, isa: Isa) -> str | None:
         return "constant weights with a batch of products: flatten the batch into the rows"
     if too_large := _too_large(spec):
         return too_large
-    if spec.element == "u8s8" and not 0 <= spec.pad_value <= 255:
-        return f"pad value {spec.pad_value} is no u8"
+    if spec.element == "u8s8" and not 0 <= spec.pad_value <= spec.x_hi <= U8.hi:
+        return f"pad value {spec.pad_value} is no u8" + (f" up to {spec.x_hi}" if spec.x_hi < U8.hi else "")
     if is_depthwise(spec):
         return "depthwise kernels have no sparse form: there is nothing to skip" if spec.pattern else None
     engine = engine_of(spec, Knobs(isa, 1, 1))

@@ -1,9 +1,9 @@
 """Which sums fit 16 bits: proved from the weights in the order in which the kernel adds them up.
 
 pmaddubsw adds the products of two activations and saturates; its results are summed in 16-bit lanes, two to an
-accumulator, each of which takes one half of every step. Activations are 0 to 255 independently of each other, so a
-lane's extremes are its positive and its negative weights alone, times 255. Because zero is among the activations,
-no partial sum is beyond them either.
+accumulator, each of which takes one half of every step. Activations are 0 to ``x_hi`` independently of each other, so
+a lane's extremes are its positive and its negative weights alone, times ``x_hi``. Because zero is among the
+activations, no partial sum is beyond them either.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ from numpy.typing import NDArray
 from bitwright.codegen.tvm.contract.packing import in_steps, to_runs
 from bitwright.codegen.tvm.contract.plan import Plan
 from bitwright.codegen.tvm.contract.spec import ContractSpec
-from bitwright.ir.types import S16, U8
+from bitwright.ir.types import S16
 
-UP, DOWN = S16.hi // U8.hi, S16.lo // -U8.hi
-"""The largest sum of positive weights, and of negative ones, that 255 times leaves in 16 bits."""
 _CHUNK = 1 << 22
 """Weights widened at once."""
 
 
+def _limits(spec: ContractSpec) -> tuple[int, int]:
+    """The largest sum of positive weights, and of negative ones, that ``x_hi`` times leaves in 16 bits."""
+    most = max(spec.x_hi, 1)
+    return S16.hi // most, -S16.lo // most
+
+
 def any_pair_fits(spec: ContractSpec, weight: NDArray[Any]) -> bool:
     """Whether the products of any two weights fit 16 bits."""
-    runs = to_runs(spec, weight)
-    return 2 * int(runs.max(initial=0)) <= UP and -2 * int(runs.min(initial=0)) <= DOWN
+    runs, (up, down) = to_runs(spec, weight), _limits(spec)
+    return 2 * int(runs.max(initial=0)) <= up and -2 * int(runs.min(initial=0)) <= down
 
 
 def safe_steps(spec: ContractSpec, plan: Plan, weight: NDArray[Any], most: int) -> int:
@@ -38,10 +42,10 @@ def safe_steps(spec: ContractSpec, plan: Plan, weight: NDArray[Any], most: int) 
     """
     steps = in_steps(spec, plan, weight)
     lanes = steps.reshape(-1, plan.steps, plan.quad // 2, 2)
-    most = min(most, plan.steps)
+    most, (up, down) = min(most, plan.steps), _limits(spec)
     for first in range(0, len(lanes), size := max(1, _CHUNK // max(1, steps.shape[-2] * steps.shape[-1]))):
         part = lanes[first : first + size].astype(np.int32)
-        for sign, limit in ((1, UP), (-1, DOWN)):
+        for sign, limit in ((1, up), (-1, down)):
             pairs = np.maximum(sign * part, 0).sum(-1)
             sums = np.zeros((len(part), plan.steps + 1, plan.quad // 2), np.int32)
             np.cumsum(pairs, 1, out=sums[:, 1:])

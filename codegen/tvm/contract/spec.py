@@ -92,6 +92,7 @@ class ContractSpec:
     ``init``: accumulators start from a packed per-output constant (zero-point correction, or a bias).
     ``pad_value``: the activation that stands outside the image (the zero point of ``u8s8``).
     ``right``: ``constant`` packed weights, or a run-time operand of layout [K, N] (``kn``) or [N, K] (``nk``).
+    ``x_hi``: the largest activation of ``u8s8``, padding included (formats below 8 bits are kept one to a byte).
     """
 
     element: Element
@@ -100,6 +101,7 @@ class ContractSpec:
     init: bool = False
     pad_value: int = 0
     right: Right = "constant"
+    x_hi: int = U8.hi
 
     @property
     def input_dtype(self) -> DType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,4 +42,11 @@ def known_norms(context: Context) -> dict[str, Norm]:
     return norms
 
 
-__all__ = ["Norm", "known_norms"]
+def channels_divided(context: Context, factors: Mapping[str, Array]) -> None:
+    """Keep the facts true after channels of values were divided: norms follow, ranges are to be observed again."""
+    norms = known_norms(context)
+    norms.update({name: norms[name].moved(divide=s) for name, s in factors.items() if name in norms})
+    context.facts.pop("ranges", None)
+
+
+__all__ = ["Norm", "channels_divided", "known_norms"]

@@ -13,7 +13,7 @@ from bitwright.ir.graph import Graph
 from bitwright.ir.weights import Array
 from bitwright.passes._layers import layer_of, selected
 from bitwright.passes._match import array
-from bitwright.passes._norms import Norm, known_norms
+from bitwright.passes._norms import Norm, channels_divided, known_norms
 from bitwright.passes._pass import Context, Pass
 from bitwright.passes.precision._equalize import Group, Layer, absorbed, solve, spread
 from bitwright.passes.precision._follow import bound, follow
@@ -64,10 +64,6 @@ class EqualizeLayers(Pass):
         solve(layers, groups, self.sweeps)
         moved = [g for g in groups if float(np.abs(np.log(g.scale)).max(initial=0.0)) > 1e-3]
         bounds = {name: g.scale[ids] for g in moved for name, ids in g.reach.bounds.items()}
-        norms = known_norms(context)
-        for g in moved:
-            if g.producer in norms:
-                norms[g.producer] = norms[g.producer].moved(divide=g.scale)
         divide = {g.producer: g.scale for g in moved}
         multiply = {}
         for g in moved:
@@ -79,11 +75,12 @@ class EqualizeLayers(Pass):
                 spread=before[g.producer], spread_after=spread(layers[g.producer]), readers=len(g.reach.readers),
             )  # fmt: skip
         after = rescale(graph, divide, multiply, bounds)
-        shift = self._absorb(after, groups, norms, context) if self.absorb else {}
+        if moved:
+            channels_divided(context, divide)
+        shift = self._absorb(after, groups, known_norms(context), context) if self.absorb else {}
         if shift:
             after = rescale(after, {}, {}, shift=shift)
-        if moved or shift:
-            context.facts.pop("ranges", None)  # observed before: no longer true
+            channels_divided(context, {})
         return after
 
     def _groups(self, graph: Graph, context: Context) -> tuple[dict[str, Layer], list[Group]]:

@@ -12,6 +12,7 @@ from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
 from bitwright.ir.weights import Array
 from bitwright.passes._layers import layer_of, selected
+from bitwright.passes._norms import channels_divided
 from bitwright.passes._pass import Context, Pass
 from bitwright.passes.precision._follow import Reach, bound, follow
 from bitwright.passes.precision._rescale import rescale, why_not_scaled
@@ -74,7 +75,7 @@ class SmoothQuant(Pass):
         multiply.update({r: inserted[inputs[r]] for r in others if inputs[r] in inserted})
         divide, multiply, bounds = ({k: s for k, s in m.items() if moves(s)} for m in (divide, multiply, bounds))
         if multiply:
-            context.facts.pop("ranges", None)  # observed before: no longer true
+            channels_divided(context, divide)
         return insert(rescale(graph, divide, multiply, bounds), inserted, set(others))
 
     def _groups(self, graph: Graph, context: Context) -> tuple[dict[str, Reach], list[str]]:

@@ -8,7 +8,7 @@ from bitwright.ir.types import Dim, TensorType, symbols_of
 
 _ROWWISE: tuple[type[ops.Op], ...] = (
     ops.Linear, ops.Conv, ops.ConvTranspose, ops.IntLinear, ops.IntConv, ops.BatchNorm, ops.GroupNorm, ops.MaxPool,
-    ops.AvgPool, ops.Resize,
+    ops.AvgPool, ops.Resize, ops.SmallLinear, ops.SmallConv,
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def _by_rows(node: Node, operands: list[TensorType], symbol: str) -> bool:
         return (axis is None or axis % out.rank != 0) and all(_broadcasts(t, out, symbol) for t in operands)
     if isinstance(op, _ROWWISE):
         return _leads(operands[0], symbol) and not any(_leads(t, symbol) for t in operands[1:])
-    if isinstance(op, (ops.MatMul, ops.IntMatMul, ops.Attention)):
+    if isinstance(op, (ops.MatMul, ops.IntMatMul, ops.SmallMatMul, ops.Attention)):
         return out.rank > 2 and all(_broadcasts(t, out, symbol) for t in operands)
     if isinstance(op, ops.Gather):
         return _gathers_by_rows(op, operands, symbol)

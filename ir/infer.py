@@ -109,7 +109,7 @@ def bind_graph(graph: Graph, sizes: dict[str, int]) -> Graph:
     return replace(graph, inputs=inputs, nodes=nodes)
 
 
-_SAME = (ops.MatMul, ops.Linear, ops.Conv, ops.ConvTranspose, ops.Attention, ops.BatchNorm)
+_SAME = (ops.MatMul, ops.Linear, ops.Conv, ops.ConvTranspose, ops.Attention, ops.BatchNorm, *ops.SMALL_FLOAT)
 
 
 def _check_dtypes(op: ops.Op, types: tuple[TensorType, ...]) -> None:

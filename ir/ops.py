@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bitwright.ir.types import S32, Dim, DType
+from bitwright.ir.types import S32, Dim, DType, small_float
 
 if TYPE_CHECKING:
     from bitwright.ir.graph import Graph
@@ -294,6 +294,50 @@ class IntConv(Op):
     acc: DType = S32
     partial: DType | None = None
     every: int = 0
+
+
+M7E4_PRODUCT, M7E4_SUM = small_float(4, 7, 12), small_float(4, 7, 10)
+
+
+@dataclass(frozen=True)
+class _SmallFloat(Op):
+    """Contractions whose every product and every sum is a small float (``small_float.py``), in chunks of terms; the
+    final sum, and then the bias, in the operands' format. Terms in order of k; operands are f32, f16 or bf16."""
+
+    product: DType = M7E4_PRODUCT
+    acc: DType = M7E4_SUM
+    chunk: int = 16
+    rounding: str = "floor"
+
+
+@dataclass(frozen=True)
+class SmallLinear(_SmallFloat):
+    """Linear with small-float sums."""
+
+    name = "small_linear"
+    arity = (2, 3)
+
+
+@dataclass(frozen=True)
+class SmallMatMul(_SmallFloat):
+    """MatMul with small-float sums; both operands have a row and a column."""
+
+    name = "small_matmul"
+    arity = (2, 2)
+    transpose_b: bool = False
+
+
+@dataclass(frozen=True)
+class SmallConv(_SmallFloat):
+    """Conv of one group with small-float sums; k counts the taps in row-major order, and at each tap the channels.
+    Terms that read padding are zeros, and count."""
+
+    name = "small_conv"
+    arity = (2, 3)
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    channels_last: bool = False
 
 
 # --- normalisation, softmax, pooling, reductions ------------------------------------------------------------
@@ -583,7 +627,10 @@ class Region(Op):
 POINTWISE: tuple[type[Op], ...] = (
     Unary, Binary, Where, Clamp, LeakyRelu, Elu, Cast, Quantize, Dequantize, Requantize, Saturate,
 )  # fmt: skip
-CONTRACTION: tuple[type[Op], ...] = (Linear, MatMul, Conv, ConvTranspose, IntLinear, IntMatMul, IntConv)
+SMALL_FLOAT: tuple[type[Op], ...] = (SmallLinear, SmallMatMul, SmallConv)
+CONTRACTION: tuple[type[Op], ...] = (
+    Linear, MatMul, Conv, ConvTranspose, IntLinear, IntMatMul, IntConv, *SMALL_FLOAT,
+)  # fmt: skip
 INTEGER: tuple[type[Op], ...] = (IntLinear, IntMatMul, IntConv, Requantize, Saturate)
 
 

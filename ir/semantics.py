@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from bitwright.ir import ops
 from bitwright.ir.semantics_index import INDEX_MEANING
 from bitwright.ir.semantics_random import RANDOM_MEANING
+from bitwright.ir.semantics_small_float import SMALL_FLOAT_MEANING
 from bitwright.ir.types import BF16, DType
 
 Tensor = torch.Tensor
@@ -380,6 +381,7 @@ MEANING: dict[type[ops.Op], Meaning] = {
     ops.Region: _region,
     **INDEX_MEANING,
     **RANDOM_MEANING,
+    **SMALL_FLOAT_MEANING,
 }  # fmt: skip
 
 __all__ = ["BINARY", "MEANING", "REDUCE", "UNARY", "Meaning", "torch_dtype"]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bitwright.ir.errors import InvalidInput
+from bitwright.ir.types import DType
 from bitwright.ir.weights import Array
 
 Rounding = Literal["floor", "nearest"]
@@ -78,6 +79,31 @@ def small_float_dot(
         for i in range(inner.shape[-1]):
             total = q_sum(add(total, inner[..., i]))
     return (back_w if hasattr(w, "detach") and not hasattr(x, "detach") else back)(total)
+
+
+def format_of(dtype: DType) -> Format:
+    """A number format as a small float (which has no infinities and no subnormals): bias 2^(e - 1) - 1 if it has none.
+
+    >>> format_of(DType("float", 12, 4, 7, 10))
+    (4, 7, 10)
+    """
+    if not dtype.is_float:
+        raise InvalidInput(f"{dtype} is no floating-point format: small-float sums have ones such as f4m7b10")
+    return _format(
+        (dtype.exponent, dtype.mantissa, 2 ** (dtype.exponent - 1) - 1 if dtype.bias is None else dtype.bias)
+    )
+
+
+def sums_fit(product: Format, accumulator: Format, digits: int = 53) -> bool:
+    """True when floats of ``digits`` significant bits round every sum as the exact one: rounding twice is harmless.
+
+    With M mantissa bits at most, a sum that does not fit lies within 2^(M + 3 - digits) of its larger part, relative
+    to it; every other value or midpoint of the format is 2^-(M + 2) away; and the part itself is never reached while
+    exponents are fewer than ``digits`` apart.
+    """
+    mantissa = max(product[1], accumulator[1])
+    top = max(2**e - b - 1 for e, _, b in (product, accumulator))
+    return 2 * mantissa + 5 <= digits and top + max(product[2], accumulator[2]) < digits
 
 
 def _chunked(a: Array, chunk: int) -> Array:
@@ -185,4 +211,6 @@ def _split(a: Array) -> tuple[Array, Array]:
     return high, a - high
 
 
-__all__ = ["Format", "Rounding", "round_small_float", "small_float_dot", "small_float_range"]
+__all__ = [
+    "Format", "Rounding", "format_of", "round_small_float", "small_float_dot", "small_float_range", "sums_fit",
+]  # fmt: skip

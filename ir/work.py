@@ -14,9 +14,9 @@ def macs(node: Node, types: Mapping[str, TensorType] | Graph) -> int:
     """Dense multiply-accumulates of a contraction or attention node (static shapes), 0 for others."""
     table = types.types if isinstance(types, Graph) else types
     op, out = node.op, node.type.size
-    if isinstance(op, (ops.Linear, ops.IntLinear, ops.MatMul, ops.IntMatMul)):
+    if isinstance(op, (ops.Linear, ops.IntLinear, ops.MatMul, ops.IntMatMul, ops.SmallLinear, ops.SmallMatMul)):
         return out * int(table[node.inputs[0]].shape[-1])
-    if isinstance(op, (ops.Conv, ops.IntConv)):
+    if isinstance(op, (ops.Conv, ops.IntConv, ops.SmallConv)):
         return out * math.prod(int(d) for d in table[node.inputs[1]].shape[1:])
     if isinstance(op, ops.ConvTranspose):
         return table[node.inputs[0]].size * math.prod(int(d) for d in table[node.inputs[1]].shape[1:])

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import bitwright.codegen.tvm.generic_contract  # fills RULES
+import bitwright.codegen.tvm.generic_small_float
 from bitwright.codegen.tvm.generic_eval import RULES, Evaluator, memory
 from bitwright.codegen.tvm.generic_move import taps_of
 from bitwright.codegen.tvm.generic_nest import (
@@ -174,3 +175,4 @@ def _tables(body: Graph) -> list[Array]:
 
 
 assert bitwright.codegen.tvm.generic_contract is not None
+assert bitwright.codegen.tvm.generic_small_float is not None

@@ -11,7 +11,7 @@ from bitwright.passes._pass import Context, Pass
 
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 _PLACE = {0: 0, 1: 3, 2: 1, 3: 2}  # where an NCHW axis stands in NHWC
-_CONV: tuple[type[ops.Op], ...] = (ops.Conv, ops.IntConv)
+_CONV: tuple[type[ops.Op], ...] = (ops.Conv, ops.IntConv, ops.SmallConv)
 _POOL: tuple[type[ops.Op], ...] = (ops.MaxPool, ops.AvgPool)
 
 

@@ -283,7 +283,10 @@ def _layer(
     if root is not None:
         w = body.types[root.inputs[1]]
         formats = Formats(
-            x=str(body.types[root.inputs[0]].dtype), w=str(w.dtype), acc=str(root.type.dtype), out=formats.out
+            x=str(body.types[root.inputs[0]].dtype),
+            w=str(w.dtype),
+            out=formats.out,
+            acc=str(getattr(root.op, "acc", root.type.dtype)),
         )
         pattern, origin = str(w.encoding or ""), root.origin or origin
         outer = dict(zip((v.name for v in body.inputs), k.node.inputs, strict=True)).get(root.inputs[1])

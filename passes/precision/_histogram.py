@@ -23,13 +23,13 @@ class Histogram:
         self.lo = torch.full((rows,), float("inf"), dtype=torch.float64)
         self.hi = torch.full((rows,), -float("inf"), dtype=torch.float64)
 
-    def add(self, values: torch.Tensor) -> None:
-        """Count finite values: [rows, n], or anything for a histogram of one row."""
+    def add(self, values: torch.Tensor, extremes: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """Count finite values: [rows, n], or anything for a histogram of one row; ``extremes`` where known, [rows]."""
         import torch
 
         rows = len(self.counts)
         values = values.detach().float().reshape(rows, -1)
-        lo, hi = (v.double() for v in values.aminmax(dim=1))
+        lo, hi = (v.double() for v in (extremes or values.aminmax(dim=1)))
         far = torch.maximum(-lo, hi).clamp_min(1e-30)
         new = self.reach == 0
         self.reach = torch.where(new, far, self.reach)

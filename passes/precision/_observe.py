@@ -16,6 +16,8 @@ from bitwright.passes.precision._histogram import Histogram
 if TYPE_CHECKING:
     import torch
 
+SAMPLE = 1 << 16
+"""Values of a batch that a histogram counts, evenly spread; extremes are of all of them."""
 _SPATIAL = (ops.Conv, ops.ConvTranspose, ops.BatchNorm, ops.GroupNorm, ops.MaxPool, ops.AvgPool)
 
 
@@ -42,14 +44,15 @@ class Observed:
         """Take in [rows, n] values; infinite ones make the range infinite. False: they have NaN."""
         import torch
 
-        lo, hi = values.aminmax(dim=1)
+        lo, hi = values.aminmax(dim=1) if self.rows > 1 else (v.reshape(1) for v in values.aminmax())
         if bool(lo.isnan().any()):
             return False
         self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
         if self.counted and bool((lo > -torch.inf).all() and (hi < torch.inf).all()):
             self.histogram = self.histogram or Histogram(self.rows)
-            self.histogram.add(values)
+            step = max(1, values.shape[1] // SAMPLE) | 1  # odd: does not stay in step with sizes that are powers of two
+            self.histogram.add(values[:, ::step] if values.shape[1] > SAMPLE else values, (lo, hi))
         return True
 
     def range(self, method: str, percent: float, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +62,7 @@ class Observed:
         assert self.lo is not None
         assert self.hi is not None
         infinite = not bool(torch.isfinite(self.lo).all() and torch.isfinite(self.hi).all())
-        if self.histogram is None or infinite:
+        if self.histogram is None or infinite or method == "minmax":
             return self.lo, self.hi
         if method == "percentile":
             return self.histogram.range(percent)
@@ -74,6 +77,8 @@ class Ranges:
     method: str
     per: str
     group: int
+    histograms: bool = False
+    """Keep histograms of tensors whatever the method."""
     tensors: dict[str, Observed] = field(default_factory=dict)
     parts: dict[str, Observed] = field(default_factory=dict)
 
@@ -87,7 +92,7 @@ class Ranges:
         if not value.is_floating_point() or not value.numel():
             return
         value, counted = value.detach().float(), self.method != "minmax"
-        if not self.tensors.setdefault(name, Observed(1, counted)).add(value.reshape(1, -1)):
+        if not self.tensors.setdefault(name, Observed(1, counted or self.histograms)).add(value.reshape(1, -1)):
             raise InvalidInput(f"%{name} has NaN in calibration batch {batch}: check the model and the data")
         if name in self.operands and value.dim():
             rows = self._rows(name, value)
@@ -102,11 +107,11 @@ class Ranges:
         rows = torch.nn.functional.pad(rows.T, (0, -len(rows) % self.group), mode="replicate").T  # repeats a channel
         return rows.reshape(-1, self.group * rows.shape[1])
 
-    def found(self, percent: float, steps: int) -> dict[str, tuple[float, float]]:
-        """The range of each value."""
+    def found(self, percent: float, steps: int, method: str = "") -> dict[str, tuple[float, float]]:
+        """The range of each value, by another method than the observer's if one is given."""
         out = {}
         for name, seen in self.tensors.items():
-            lo, hi = seen.range(self.method, percent, steps)
+            lo, hi = seen.range(method or self.method, percent, steps)
             out[name] = float(lo), float(hi)
         return out
 

@@ -163,16 +163,17 @@ def _load_exported(path: Path) -> Graph:
     return driver.capture(program)
 
 
-def calibration(path: Path | None, graph: Graph) -> list[Any] | None:
-    """Calibration batches from a file or every file of a folder."""
+def calibration(path: Path | None, graph: Graph) -> Sequence[Any] | None:
+    """Calibration batches from a file or every file of a folder, read when they are asked for."""
     if path is None:
         return None
     names = [v.name for v in graph.inputs]
     files = sorted(p for p in path.iterdir() if p.suffix in (".npz", ".npy")) if path.is_dir() else [path]
     if not files:
         raise InvalidInput(f"{path} holds no .npz or .npy file")
-    loaded = (named(load_arrays(f), names, str(f)) for f in files)
-    return [b for arrays in loaded for b in batches(arrays, graph)]
+    from bitwright.passes._batches import LazyBatches
+
+    return LazyBatches(files, lambda f: batches(named(load_arrays(f), names, str(f)), graph))
 
 
 def sizes(pairs: list[str] | None) -> dict[str, int] | None:

@@ -88,9 +88,11 @@ def batches(calibration: Any) -> Sequence[Any]:
         return [{k: _array(v) for k, v in calibration.items()}]
     if not isinstance(calibration, Iterable):
         raise InvalidInput(f"calibration is an iterable of inputs or a file, not {type(calibration).__name__}")
-    if _repeats(calibration):
-        from bitwright.passes._batches import LazyBatches
+    from bitwright.passes._batches import LazyBatches
 
+    if isinstance(calibration, LazyBatches):
+        return calibration
+    if _repeats(calibration):
         loader: Any = calibration
         return LazyBatches(loader, lambda b: [_batch(b)], [1] * len(loader))
     return [_batch(b) for b in calibration]

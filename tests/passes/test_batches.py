@@ -68,6 +68,7 @@ def test_a_loader_is_read_on_every_pass() -> None:
     shuffled = batches(DataLoader(TensorDataset(rows), batch_size=4, shuffle=True))
     assert isinstance(shuffled, list)
     assert isinstance(batches(iter([rows.numpy()])), list)
+    assert batches(found) is found
 
 
 def test_a_folder_is_read_on_every_pass_and_cut(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from bitwright.passes._layers import stem
 from bitwright.passes.pipelines import CANONICAL
 
 RATE, EPOCHS = 1e-3, 2
-NEW, CALIBRATION, TRAINING = 64, 128, 352
+NEW, CALIBRATION, TRAINING = 64, 64, 224
 """Sentences: to judge by, to calibrate with, and to train on beside those."""
 UNSTRUCTURED = 0.7
 """Zero share of the network that `convert-unstructured` starts from."""
@@ -231,7 +231,7 @@ def minilm_rows(train: bool) -> tuple[dict[str, Cells], int]:
         c.refused = len(report.refusals)
         c.one_shot.append(cosine(shot))
         c.reconstruct.append(cosine(masked(graph, f"{row.recipe}, reconstruct", calibration)[0]))
-        if row.training is not None:
+        if row.name in ("2:4", "2:8"):
             recipe = f"{row.recipe}, reconstruct{{method=sparsegpt mask=update}}"
             c.sparsegpt.append(cosine(masked(graph, recipe, calibration)[0]))
         if train and row not in WANDA:

@@ -52,31 +52,39 @@ class Budget:
 
 
 def greedy(
-    rows: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, limit: Limit, order: Literal["gptq", "gpfq"]
+    rows: torch.Tensor,
+    kept: torch.Tensor,
+    gram: torch.Tensor,
+    limit: Limit,
+    order: Literal["gptq", "gpfq"],
+    root: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Integer weights within the limit, zero where not ``kept``, whose products with the inputs come close.
 
-    ``rows`` float64 and ``kept`` [groups, outputs, K]; ``gram`` float64 [groups, K, K], sums of x xᵀ.
+    ``rows`` float64 and ``kept`` [groups, outputs, K]; ``gram`` float64 [groups, K, K], sums of x xᵀ. ``root``: its
+    :func:`inverse_root` for GPTQ, where it is known already.
     """
     budget = Budget(rows, limit)
     if order == "gptq":
-        return _gptq(rows.clone(), kept, gram, budget)
+        return _gptq(rows.clone(), kept, inverse_root(gram) if root is None else root, budget)
     return _gpfq(rows, kept, gram, budget)
 
 
-def _gptq(w: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, budget: Budget) -> torch.Tensor:
+def _gptq(w: torch.Tensor, kept: torch.Tensor, root: torch.Tensor, budget: Budget) -> torch.Tensor:
     """Columns in turn, the rest of each row making up for the rounding through the inverse Gram matrix."""
     import torch
 
-    root, size, q = _inverse_root(gram), w.shape[-1], torch.zeros_like(w)
+    size, q = w.shape[-1], torch.zeros_like(w)
     for begin in range(0, size, WIDTH):
         end = min(begin + WIDTH, size)
-        missed = torch.zeros(*w.shape[:-1], end - begin, dtype=w.dtype)
+        part = w[..., begin:end].clone()
+        missed = torch.zeros_like(part)
         for k in range(begin, end):
-            q[..., k] = budget.take(k, torch.where(kept[..., k], w[..., k], 0.0))
-            miss = (w[..., k] - q[..., k]) / root[:, k, k, None]
-            w[..., k:end] -= miss[..., None] * root[:, None, k, k:end]
-            missed[..., k - begin] = miss
+            i = k - begin
+            q[..., k] = budget.take(k, torch.where(kept[..., k], part[..., i], 0.0))
+            miss = (part[..., i] - q[..., k]) / root[:, k, k, None]
+            part[..., i:] -= miss[..., None] * root[:, None, k, k:end]
+            missed[..., i] = miss
         w[..., end:] -= missed @ root[:, begin:end, end:]
     return q
 
@@ -99,7 +107,7 @@ def _gpfq(w: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, budget: Budge
     return q
 
 
-def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
+def inverse_root(gram: torch.Tensor) -> torch.Tensor:
     """The upper U with UᵀU = (G + damping)⁻¹, with more damping while the matrix is singular."""
     import torch
 

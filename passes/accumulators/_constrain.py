@@ -183,9 +183,14 @@ def _solution(layer: Layer, options: Options, limit: Limit, start: Array, kept: 
     if not options.method.startswith("axe"):
         return found.rows, found.factor
     assert gram is not None
+    from bitwright.passes.accumulators._axe import inverse_root
+
+    root = inverse_root(gram) if options.method == "axe-gptq" else None
     best, errors = (found.rows, found.factor), np.full(len(start), np.inf)
     for times in (1.0, 2.0**0.5, 2.0**-0.5) if options.search and not shared else (1.0,):
-        q, factor, missed = _greedy(layer, gram, options, limit, start, kept, np.maximum(found.divisor * times, 1.0))
+        q, factor, missed = _greedy(
+            layer, (gram, root), options, limit, start, kept, np.maximum(found.divisor * times, 1.0)
+        )
         better = missed < errors
         errors = np.where(better, missed, errors)
         best = np.where(better[:, None], q, best[0]), np.where(better, factor, best[1])
@@ -193,20 +198,26 @@ def _solution(layer: Layer, options: Options, limit: Limit, start: Array, kept: 
 
 
 def _greedy(
-    layer: Layer, gram: torch.Tensor, options: Options, limit: Limit, start: Array, kept: Array, divisor: Array
+    layer: Layer,
+    seen: tuple[torch.Tensor, torch.Tensor | None],
+    options: Options,
+    limit: Limit,
+    start: Array,
+    kept: Array,
+    divisor: Array,
 ) -> tuple[Array, Array, Array]:
     """Codes [O, K] by error-compensating rounding, the factors [O] of their scales, and squared output errors [O]."""
     import torch
 
     from bitwright.passes.accumulators._axe import greedy
 
-    shape = (layer.groups, -1, start.shape[1])
+    shape, (gram, root) = (layer.groups, -1, start.shape[1]), seen
     order: Any = options.method.removeprefix("axe-")
     v = _tensor(start / divisor[:, None]).reshape(shape)
-    q = greedy(v, torch.from_numpy(kept).reshape(v.shape), gram, limit, order)
+    q = greedy(v, torch.from_numpy(kept).reshape(v.shape), gram, limit, order, root)
     target = _tensor(start).reshape(shape)
-    seen = q @ gram
-    both, own = ((seen * x).sum(-1).reshape(-1).numpy() for x in (target, q))
+    through = q @ gram
+    both, own = ((through * x).sum(-1).reshape(-1).numpy() for x in (target, q))
     if layer.scale.size == 1:
         both, own = (np.full(len(start), x.sum()) for x in (both, own))
     factor = np.where((both > 0) & (own > 0), both / np.maximum(own, 1e-30), divisor) if options.search else divisor

@@ -121,8 +121,11 @@ def _repeat(program: Program, graph: Graph, calibration: Sequence[Any]) -> Graph
 
     report = program.report
     target = resolve(report.target or "host", calibrate=False)
-    known = set(report.facts)
-    passes = [p for p in parse_passes(report.pipeline) if not p.establishes or not known.issuperset(p.establishes)]
+    passes = list(parse_passes(report.pipeline))
+    changing, missing = {r.name for r in report.passes if r.changed}, {f for p in passes for f in p.needs}
+    missing -= set(report.facts)
+    # analyses are not repeated where what they found is recorded, or nobody asked for it
+    passes = [p for p in passes if not p.establishes or p.name in changing or missing & set(p.establishes)]
     facts = {k: {n: tuple(r) for n, r in v.items()} for k, v in report.facts.items()}
     context = Context(target, calibration, facts=facts)
     lowered, _ = run_pipeline(graph, passes, context, crash_dir=None)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bitwright.ir.graph import Graph
     from bitwright.ir.target import Target
     from bitwright.runtime.program import Program
+    from bitwright.small_float_training import small_float_training
     from bitwright.training import sparse_training
 
 _LAZY = {
@@ -29,6 +30,7 @@ _LAZY = {
     "Target": "bitwright.ir.target",
     "Program": "bitwright.runtime.program",
     "constrained_training": "bitwright.a2q_training",
+    "small_float_training": "bitwright.small_float_training",
     "sparse_training": "bitwright.training",
 }
 
@@ -58,6 +60,7 @@ __all__ = [
     "load_graph",
     "load_onnx",
     "optimize",
+    "small_float_training",
     "sparse_training",
     "verify",
 ]

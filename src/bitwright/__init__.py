@@ -14,7 +14,7 @@ from bitwright._version import __version__
 
 if TYPE_CHECKING:
     from bitwright.a2q_training import constrained_training
-    from bitwright.driver import advise, capture, compile, load, load_graph, load_onnx, optimize, verify
+    from bitwright.driver import advise, capture, compile, load, load_graph, load_onnx, optimize, to_onnx, verify
     from bitwright.ir.graph import Graph
     from bitwright.ir.target import Target
     from bitwright.runtime.program import Program
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _LAZY = {
     **{
         n: "bitwright.driver"
-        for n in ("advise", "capture", "compile", "load", "load_graph", "load_onnx", "optimize", "verify")
+        for n in ("advise", "capture", "compile", "load", "load_graph", "load_onnx", "optimize", "to_onnx", "verify")
     },
     "Graph": "bitwright.ir.graph",
     "Target": "bitwright.ir.target",
@@ -62,5 +62,6 @@ __all__ = [
     "optimize",
     "small_float_training",
     "sparse_training",
+    "to_onnx",
     "verify",
 ]

@@ -249,7 +249,7 @@ def opt(
         str, typer.Option("--passes", "-p", help='Passes, as in "fold-batch-norm, nm-mask{pattern=2:4}".')
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Text graph to write, weights beside it.")
+        Path | None, typer.Option("--output", "-o", help="Text graph to write, weights beside it; or .onnx.")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help=".safetensors; else the file beside the text.")] = None,
     target: Annotated[str | None, typer.Option("--target", "-t", help="Target the passes may ask about.")] = None,
@@ -262,7 +262,7 @@ def opt(
     ] = None,
     dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this folder.")] = None,
 ) -> None:
-    """Run passes over a graph as they stand: text in, text out."""
+    """Run passes over a graph as they stand: text in, text (or ONNX) out."""
     from bitwright import cli_io, cli_show, driver
     from bitwright.ir.text import show
 
@@ -273,9 +273,7 @@ def opt(
         bisect=bisect,
     )  # fmt: skip
     if output:
-        if done.weights:
-            done.weights.save(output.with_suffix(".safetensors"))
-        cli_io.save_text(output, show(done))
+        cli_io.save_graph(output, done)
     else:
         print(show(done), end="")
     errors = cli_show.console(stderr=True)

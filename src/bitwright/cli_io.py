@@ -66,6 +66,19 @@ def save_text(path: Path, text: str) -> None:
         raise BitwrightError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def save_graph(path: Path, graph: Graph) -> None:
+    """Write a graph: ONNX where the name ends in .onnx, else text with its weights in a .safetensors file beside it."""
+    from bitwright import driver
+    from bitwright.ir.text import show
+
+    if path.suffix == ".onnx":
+        driver.to_onnx(graph, path)
+        return
+    if graph.weights:
+        graph.weights.save(path.with_suffix(".safetensors"))
+    save_text(path, show(graph))
+
+
 def named(arrays: Arrays, names: Sequence[str], where: str) -> Arrays:
     """The arrays for these inputs: by name, or in order when no name is right. Raises :class:`InvalidInput`."""
     if set(names) <= set(arrays):

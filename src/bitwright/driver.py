@@ -35,6 +35,13 @@ def load_onnx(model: Any, **options: Any) -> Graph:
     return onnx_load(model, **options)
 
 
+def to_onnx(graph: Graph, path: str | Path | None = None) -> Any:
+    """Write a graph-level graph as ONNX with QuantizeLinear and DequantizeLinear; see ``frontends.onnx.write``."""
+    from bitwright.frontends.onnx.write import to_onnx as write
+
+    return write(graph, path)
+
+
 def load(path: str | Path, *, threads: int | None = None) -> Program:
     """Load a compiled ``.bw`` program. It holds native code: trust it as you would a program."""
     return Program.load(path, threads=threads)
@@ -304,4 +311,5 @@ __all__ = [
     "load_onnx",
     "optimize",
     "to_graph",
+    "to_onnx",
 ]

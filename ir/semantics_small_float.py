@@ -55,7 +55,7 @@ class Sums:
     def dtype(self) -> torch.dtype:
         """The format that emulates the sums: f32 where it rounds them as f64 does."""
         reach = max(2**e - b - 1 for e, _, b in (self.product, self.acc)), max(self.product[2], self.acc[2])
-        single = sums_fit(self.product, self.acc, 24) and max(reach) <= 100 and self.flush
+        single = sums_fit(self.product, self.acc, 24) and max(reach) <= 100
         return torch.float32 if single else torch.float64
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
+from bitwright.frontends.onnx import _write_integer as exact
 from bitwright.frontends.onnx._write_context import Handler, Writing
 from bitwright.frontends.onnx._write_quant import constant_dequantize, is_constant_dequantize
 from bitwright.ir import ops
@@ -84,7 +86,12 @@ def _scales_known(w: Writing, x: Node, weight: Node) -> bool:
 
 
 def linear(w: Writing, n: Node, op: ops.Linear) -> str:
-    """Gemm for two axes, else MatMul and Add."""
+    """Gemm for two axes, else MatMul and Add; MatMulInteger for codes in s32."""
+    if pair := exact.operands(w, *n.inputs[:2]):
+        code = pair[1].value
+        right = w.constant(code, turned=True) if w.graph.is_constant(code) else w.transposed(w.name(code), 2)
+        y = w.emit("MatMulInteger", w.name(pair[0].value), right, *exact.zeros(*pair))
+        return w.emit("Add", y, w.name(n.inputs[2])) if len(n.inputs) > 2 else y
     x = w.name(n.inputs[0])
     if is_gemm(w.graph, n):
         weight = w.name(n.inputs[1])
@@ -94,13 +101,15 @@ def linear(w: Writing, n: Node, op: ops.Linear) -> str:
 
 
 def matmul(w: Writing, n: Node, op: ops.MatMul) -> str:
-    """MatMul; a transposed right side gets its Transpose."""
-    a, b = w.names(n.inputs)
+    """MatMul, or MatMulInteger for codes in s32; a transposed right side gets its Transpose."""
+    pair = exact.operands(w, *n.inputs)
+    a, b = w.names(c.value for c in pair) if pair else w.names(n.inputs)
     rank = w.type(n.inputs[1]).rank
-    return w.emit("MatMul", a, w.transposed(b, rank) if op.transpose_b and rank > 1 else b)
+    b = w.transposed(b, rank) if op.transpose_b and rank > 1 else b
+    return w.emit("MatMulInteger", a, b, *exact.zeros(*pair)) if pair else w.emit("MatMul", a, b)
 
 
-def _windows(op: ops.Conv | ops.ConvTranspose, weight: tuple[Dim, ...]) -> dict[str, list[int]]:
+def _windows(op: ops.Conv | ops.ConvTranspose, weight: tuple[Dim, ...]) -> dict[str, Any]:
     n = len(weight) - 2
     return {
         "kernel_shape": [int(d) for d in weight[2:]], "strides": list(op.stride or (1,) * n),
@@ -112,9 +121,18 @@ def conv(w: Writing, n: Node, op: ops.Conv) -> str:
     """Conv, channels first."""
     if op.channels_last:
         w.refuse("ONNX convolutions have channels first", "write the graph before channels-last")
+    given = {"group": op.groups, **_windows(op, w.type(n.inputs[1]).shape)}
+    if pair := exact.operands(w, *n.inputs[:2]):
+        y = w.emit("ConvInteger", *w.names(c.value for c in pair), *exact.zeros(*pair), **given)
+        if len(n.inputs) == 2:
+            return y
+        by_channel = w.ints(range(1, w.type(n.output).rank - 1))
+        return w.emit("Add", y, w.emit("Unsqueeze", w.name(n.inputs[2]), by_channel))
+    if not w.type(n.inputs[0]).dtype.is_float:
+        w.refuse(f"ONNX convolves 8-bit integers, not {w.type(n.inputs[0]).dtype}")
     x, weight = w.names(n.inputs[:2])
     bias = [_bias(w, n)] if len(n.inputs) > 2 else []
-    return w.emit("Conv", x, weight, *bias, group=op.groups, **_windows(op, w.type(n.inputs[1]).shape))
+    return w.emit("Conv", x, weight, *bias, **given)
 
 
 def conv_transpose(w: Writing, n: Node, op: ops.ConvTranspose) -> str:

@@ -51,6 +51,7 @@ def to_onnx(graph: Graph, path: str | os.PathLike[str] | None = None) -> onnx.Mo
     w.nibbles = nibbles(graph)
     _write_nodes(w)
     outputs = _outputs(w)
+    _drop_dead(w, {o.name for o in outputs})
     if w.bytes > LARGEST_BYTES:
         raise InvalidInput(
             f"{w.bytes / 1e9:.1f} GB of weights do not fit into one ONNX file (at most {LARGEST_BYTES / 1e9} GB);"
@@ -102,6 +103,17 @@ def _outputs(w: Writing) -> list[onnx.ValueInfoProto]:
             w.nodes.append(helper.make_node("Identity", [have], [shown], name=w.fresh(f"{shown}.identity")))
         out.append(_described(shown, graph.types[value]))
     return out
+
+
+def _drop_dead(w: Writing, wanted: set[str]) -> None:
+    """Leave out what nobody reads, such as the casts before an operator that takes the codes themselves."""
+    kept = []
+    for node in reversed(w.nodes):
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            kept.append(node)
+    w.nodes[:] = reversed(kept)
+    w.initializers = {k: t for k, t in w.initializers.items() if k in wanted}
 
 
 def _described(name: str, t: TensorType) -> onnx.ValueInfoProto:

@@ -13,8 +13,8 @@ from bitwright.ir.weights import Array
 
 Batch = Sequence[Array] | Mapping[str, Array]
 Price = Callable[[Graph, str, int, NM | None, bool], tuple[float, str]]
-"""Seconds of one contraction, and where the figure is from. Arguments: a graph without symbols, the contraction's value,
-bits of its weights (32: float), their pattern, and whether to measure rather than to predict."""
+"""Seconds of one contraction, and where the figure is from. Arguments: a graph without symbols, the contraction's
+value, bits of its weights (32: float), their pattern, and whether to measure rather than to predict."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.target import Target
@@ -12,32 +13,40 @@ from bitwright.ir.types import F32, NM, S8
 from bitwright.passes._pass import Pass
 from bitwright.passes.sparsity.masks import Pattern
 
+Rounding = Literal["nearest", "adaround", "adaquant", "gptq", "gpfq"]
 DENSE = ("f32", "s8", "s4")
 PATTERNS = (Pattern(2, 4), Pattern(2, 8))
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What one layer becomes: ``bits`` of its weights (32: float layer) and a pattern along its reduction.
+    """What one layer becomes: ``bits`` of its weights (32: float layer) and of its activation, and a pattern along its
+    reduction.
 
-    >>> str(Choice.parse("s4+2:4")), Choice.parse("f32").bits
-    ('s4+2:4', 32)
+    >>> str(Choice.parse("s4+2:4")), str(Choice.parse("s4a4")), Choice.parse("f32").bits
+    ('s4+2:4', 's4a4', 32)
     """
 
     bits: int
     pattern: Pattern | None = None
+    activation: int = 8
+    """Bits of what the layer reads; 8 in float layers, where they say nothing."""
 
     def __str__(self) -> str:
-        head = "f32" if self.bits == 32 else f"s{self.bits}"
+        head = "f32" if self.bits == 32 else f"s{self.bits}" + (f"a{self.activation}" if self.activation < 8 else "")
         return f"{head}+{self.pattern}" if self.pattern else head
 
     @staticmethod
     def parse(text: str) -> Choice:
-        """Read ``f32``, or ``s2`` to ``s8``, with ``+keep:group`` behind; raises :class:`InvalidInput`."""
-        m = re.fullmatch(r"(f32|s[2-8])(?:\+(\d+:\d+))?", text.strip())
+        """Read ``f32``, or ``s2`` to ``s8`` with ``a2`` to ``a8`` for the activation, and ``+keep:group`` behind.
+
+        Raises :class:`InvalidInput` for anything else.
+        """
+        m = re.fullmatch(r"(?:f32|s([2-8])(?:a([2-8]))?)(?:\+(\d+:\d+))?", text.strip())
         if not m:
-            raise InvalidInput(f"assign-precision: {text!r} is no choice: write f32 or s2 to s8, as in s8 or s4+2:4")
-        return Choice(32 if m[1] == "f32" else int(m[1][1:]), Pattern.parse(m[2]) if m[2] else None)
+            listed = "write f32, or s2 to s8 with a2 to a8 for activations, as in s8, s4a4 or s4+2:4"
+            raise InvalidInput(f"assign-precision: {text!r} is no choice: {listed}")
+        return Choice(int(m[1] or 32), Pattern.parse(m[3]) if m[3] else None, int(m[2] or 8))
 
     @property
     def density(self) -> float:
@@ -53,13 +62,13 @@ class Choice:
         return weights * self.density * (self.bits + self.index_bits()) / 8
 
     def bit_operations(self, macs: int) -> float:
-        """Multiply-accumulates times the bits of both factors (HAWQ-V3); activations take 8 bits, or 32 in float."""
-        return macs * self.density * self.bits * (32 if self.bits == 32 else 8)
+        """Multiply-accumulates times the bits of both factors (HAWQ-V3); activations of float layers take 32."""
+        return macs * self.density * self.bits * (32 if self.bits == 32 else self.activation)
 
     def encoding(self, axis: int) -> NM | None:
         return self.pattern.along(axis) if self.pattern else None
 
-    def steps(self, layers: Sequence[str], rounding: str, rebuild: bool) -> tuple[Pass, ...]:
+    def steps(self, layers: Sequence[str], rounding: Rounding, rebuild: bool) -> tuple[Pass, ...]:
         """The passes that give this choice to ``layers``, but for the quantization of activations."""
         from bitwright.passes.sparsity.nm_mask import NMMask
         from bitwright.passes.sparsity.reconstruct import Reconstruct
@@ -71,7 +80,7 @@ class Choice:
         if self.bits < 8:
             from bitwright.passes.precision.quantize_weights import QuantizeWeights
 
-            steps.append(QuantizeWeights(bits=self.bits, only=only, rounding=rounding))
+            steps.append(QuantizeWeights(bits=str(self.bits), only=only, rounding=rounding))
         return tuple(steps)
 
 

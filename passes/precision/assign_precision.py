@@ -9,6 +9,7 @@ from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
 from bitwright.passes._pass import Context, Pass
 from bitwright.passes.precision._assignment import Problem, apply_choice, report
+from bitwright.passes.precision._choices import Rounding
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class AssignPrecision(Pass):
     sensitivity: Literal["measured", "curvature"] = "measured"
     metric: Literal["mse", "kl"] = "mse"
     prices: Literal["model", "measured"] = "model"
-    rounding: str = "nearest"
+    rounding: Rounding = "nearest"
     reconstruct: bool = True
     first: str = ""
     last: str = ""

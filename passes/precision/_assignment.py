@@ -51,6 +51,8 @@ class Problem:
         """Measure everything; raises :class:`InvalidInput` for a budget or a choice that makes no sense."""
         kind, share, unit = parse_budget(p.budget)
         choices = choices_of(p.choices, context.target)
+        if p.sensitivity == "curvature" and any(c.activation < 8 for c in choices):
+            raise InvalidInput("assign-precision: curvature tells nothing of activations: measure choices such as s4a4")
         nodes = _layers(graph, context, p)
         layers = tuple(nodes)
         fits = _fitting(graph, context, p, choices)
@@ -127,7 +129,8 @@ def apply_choice(graph: Graph, context: Context, p: AssignPrecision, plan: Mappi
         for step in c.steps(layers, p.rounding, p.reconstruct):
             graph = step.run(graph, context)
         low += layers if c.bits < 32 else []
-    return QuantizeInt8(only="|".join(low)).run(graph, context) if low else graph
+    bits = {layer: Choice.parse(choice).activation for layer, choice in plan.items()}
+    return QuantizeInt8(only="|".join(low)).with_bits(graph, context, lambda x: bits.get(x, 8)) if low else graph
 
 
 def report(problem: Problem, plan: Allocation, context: Context, p: AssignPrecision) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from bitwright.ir import ops
 from bitwright.ir.build import Rewriter
 from bitwright.ir.graph import Graph, Node
-from bitwright.ir.types import F32, S8, DType, TensorType
+from bitwright.ir.types import F32, S8, DType, TensorType, integer
 from bitwright.ir.weights import Array
 from bitwright.passes._layers import stem
 from bitwright.passes.precision._regions import Regions, moved_operands
@@ -98,19 +98,23 @@ class Writer:
         for old, new in zip(node.outputs, out, strict=True):
             self.hold(old, new, node.origin)
 
+    def format(self, value: str) -> DType:
+        """The value's number format: of the kernels' signedness, in as many bits as its readers want."""
+        return integer(self.ranges[value][1], signed=self.dtype.lo < 0)
+
     def parameters(self, value: str) -> tuple[float, int]:
-        return parameters(*self.ranges[value], self.dtype)
+        return parameters(*self.ranges[value][0], self.format(value))
 
     def constants(self, value: str) -> tuple[str, str]:
         scale, zero = self.parameters(value)
         s = self.rw.constant(scale, TensorType(F32, ()), name=f"{value}.scale")
-        return s, self.rw.constant(zero, TensorType(self.dtype, ()), name=f"{value}.zero")
+        return s, self.rw.constant(zero, TensorType(self.format(value), ()), name=f"{value}.zero")
 
     def hold(self, old: str, new: str, origin: str) -> None:
         """Give a wanted value its 8-bit form."""
         if old in self.regions.wanted:
             constants = self.constants(old)
-            q = self.rw.emit(ops.Quantize(self.dtype), new, *constants, name=f"{old}.q", origin=origin)
+            q = self.rw.emit(ops.Quantize(self.format(old)), new, *constants, name=f"{old}.q", origin=origin)
             self.low[old] = q
             self.back[old] = self.rw.emit(ops.Dequantize(), q, *constants, name=f"{old}.dq", origin=origin)
 

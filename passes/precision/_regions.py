@@ -1,4 +1,4 @@
-"""Which values of a graph are worth holding in 8 bits, given the contractions that will be integer.
+"""Which values of a graph are worth holding in 8 bits or fewer, given the contractions that will be integer.
 
 Demand flows backwards from the contractions' operands: through layout operators (the quantized tensor is moved
 instead), through pools and residual additions whose operands can all be integers, never through anything else.
@@ -6,6 +6,7 @@ instead), through pools and residual additions whose operands can all be integer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bitwright.ir import ops
@@ -26,6 +27,10 @@ class Regions:
     graph: Graph
     layers: dict[str, tuple[str, ...]]
     ranges: dict[str, Range]
+    widths: Mapping[str, int] = field(default_factory=dict)
+    """Bits of what a layer reads, by layer; 8 where none are given."""
+    narrow: Mapping[int, Mapping[str, Range]] = field(default_factory=dict)
+    """Ranges that suit a width below 8 bits better than ``ranges``, by width."""
     wanted: dict[str, None] = field(default_factory=dict)
     carried: set[str] = field(default_factory=set)
     joined: set[str] = field(default_factory=set)
@@ -50,8 +55,12 @@ class Regions:
             return value in self.layers[node.output]
         return node.output in self.carried or node.output in self.joined
 
-    def groups(self) -> dict[str, Range]:
-        """The range of every wanted value; values that layout operators connect share one."""
+    def groups(self) -> dict[str, tuple[Range, int]]:
+        """Range and bits of every wanted value; values that layout operators connect share both.
+
+        The bits are the most that a layer among the readers wants. Additions and pools take what layers left them: 8
+        bits where no layer reads the value.
+        """
         leader = {v: v for v in self.wanted}
 
         def find(v: str) -> str:
@@ -63,12 +72,17 @@ class Regions:
         for out in self.carried:
             for x in moved_operands(self.graph.producers[out]):
                 leader[find(out)] = find(x)
+        bits: dict[str, int] = {}
+        for layer, operands in self.layers.items():
+            for x in map(find, operands):
+                bits[x] = max(bits.get(x, 0), self.widths.get(layer, 8))
         union: dict[str, Range] = {}
         for v in self.wanted:
-            lo, hi = self.ranges[v]
+            known = self.narrow.get(bits.get(find(v), 8), {})
+            lo, hi = known.get(v, self.ranges[v])
             have = union.get(find(v), (lo, hi))
             union[find(v)] = min(lo, have[0]), max(hi, have[1])
-        return {v: union[find(v)] for v in self.wanted}
+        return {v: (union[find(v)], bits.get(find(v), 8)) for v in self.wanted}
 
     def _visit(self, node: Node, known: dict[str, bool]) -> None:
         out, g = node.output, self.graph

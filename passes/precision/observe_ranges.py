@@ -22,7 +22,8 @@ class ObserveRanges(Pass):
 
     ``minmax`` takes the extremes, ``percentile`` leaves out the outermost (100 - percentile) percent, ``mse`` gives
     ``bits`` bits their smallest squared error, ``entropy`` their smallest divergence. ``per`` channel or group (of
-    ``group`` channels) also notes the ranges of these parts of what contractions read. One batch is held at a time.
+    ``group`` channels) also notes the ranges of these parts of what contractions read. ``also=4`` (or ``4|6``) notes
+    beside them the range that suits activations of so many bits, by ``mse``. One batch is held at a time.
 
     before:
         graph @g (%x: f32[2]) -> (y = %y) level=graph {
@@ -41,6 +42,7 @@ class ObserveRanges(Pass):
     bits: int = 8
     per: Literal["tensor", "channel", "group"] = "tensor"
     group: int = 32
+    also: str = ""
 
     def run(self, graph: Graph, context: Context) -> Graph:
         need_calibration(context, self.name)
@@ -48,7 +50,9 @@ class ObserveRanges(Pass):
             raise InvalidInput(f"observe-ranges: percentile lies in (50, 100], not {self.percentile}")
         if not 2 <= self.bits <= 8 or self.group < 1:
             raise InvalidInput(f"observe-ranges: bits is 2 to 8 and group at least 1, not {self.bits}, {self.group}")
-        seen, names, count = Ranges(graph, self.method, self.per, self.group), [v.name for v in graph.inputs], 0
+        also = self._also()
+        seen, count = Ranges(graph, self.method, self.per, self.group, bool(also)), 0
+        names = [v.name for v in graph.inputs]
         for batch in context.calibration:
             if context.progress is not None:
                 context.progress("calibrating", count / len(context.calibration))
@@ -61,8 +65,20 @@ class ObserveRanges(Pass):
         if not ranges:
             raise InvalidInput("observe-ranges saw no values: the calibration batches are empty")
         context.facts["ranges"] = ranges
+        for bits in also:
+            context.facts[f"ranges-{bits}"] = seen.found(self.percentile, (1 << bits) - 1, "mse")
         keep_reference(graph, context)
         if self.per != "tensor":
             context.facts[f"{self.per}-ranges"] = seen.found_parts(self.percentile, (1 << self.bits) - 1)
         context.remark(self.name, "model", values=len(ranges), batches=count)
         return graph
+
+    def _also(self) -> tuple[int, ...]:
+        """The widths of ``also``."""
+        try:
+            widths = tuple(int(x) for x in str(self.also).split("|") if x.strip())
+        except ValueError:
+            widths = (0,)
+        if not all(2 <= b < 8 for b in widths):
+            raise InvalidInput(f"observe-ranges: also lists widths of 2 to 7 bits, as in 4 or 4|6, not {self.also!r}")
+        return widths

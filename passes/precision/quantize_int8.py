@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,7 +23,9 @@ class QuantizeInt8(Pass):
 
     ``granularity=tensor`` gives each weight a single scale, for machines whose kernels know no other.
 
-    Residual additions, pools and layout operators between quantized contractions stay integer too.
+    Residual additions, pools and layout operators between quantized contractions stay integer too. ``bits`` (2 to 8)
+    are those of activations: fewer than 8 lie in bytes and run on the same kernels. Weights keep the codes that
+    quantize-weights gave them. Ranges that ``observe-ranges{also=4}`` found for a width are used there.
 
     before:
         graph @g (%x: f32[1, 2]) -> (y = %y) level=graph {
@@ -51,15 +54,25 @@ class QuantizeInt8(Pass):
     last: bool = True
     matmul: bool = False
     granularity: Literal["channel", "tensor"] = "channel"
+    bits: int = 8
 
     def run(self, graph: Graph, context: Context) -> Graph:
+        if not 2 <= self.bits <= 8:
+            raise InvalidInput(f"quantize-int8: activations take 2 to 8 bits, not {self.bits}")
+        return self.with_bits(graph, context, lambda layer: self.bits)
+
+    def with_bits(self, graph: Graph, context: Context, bits: Callable[[str], int]) -> Graph:
+        """:meth:`run` with as many bits for the activation of each layer (by name) as a function says."""
         given = context.facts.get("ranges")
         if given is None:
             raise InvalidInput("quantize-int8 needs value ranges: run observe-ranges before it, with calibration data")
-        ranges = {k: v for k, v in given.items() if k in graph.types and all(map(math.isfinite, v))}
+        ranges = _finite(given, graph)
         layers = self._layers(graph, context, ranges)
+        widths = {x: bits(layer_of(graph, graph.producers[x])) for x in layers}
+        narrow = {b: _finite(context.facts.get(f"ranges-{b}", {}), graph) for b in set(widths.values()) if b < 8}
         dtype = context.target.activation if context.target is not None else U8
-        return Writer(graph, Regions(graph, layers, ranges).plan(), dtype, self.granularity == "tensor").write()
+        plan = Regions(graph, layers, ranges, widths, narrow).plan()
+        return Writer(graph, plan, dtype, self.granularity == "tensor").write()
 
     def _layers(self, graph: Graph, context: Context, ranges: dict[str, Range]) -> dict[str, tuple[str, ...]]:
         """Operands to quantize by contraction; refusals for the others."""
@@ -93,3 +106,8 @@ class QuantizeInt8(Pass):
             return f"operands are {graph.types[n.inputs[0]].dtype}: cast the model to f32 first"
         missing = [x for x in operands if x not in ranges]
         return f"no finite range was observed for %{missing[0]}" if missing else ""
+
+
+def _finite(ranges: Mapping[str, Range], graph: Graph) -> dict[str, Range]:
+    """The ranges of the graph's values that have ends."""
+    return {k: v for k, v in ranges.items() if k in graph.types and all(map(math.isfinite, v))}

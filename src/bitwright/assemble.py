@@ -243,7 +243,7 @@ def _report(graph: Graph, target: Target, built: Built, done: Lowered, errors: d
     seen = [Refusal(pass_name=r.pass_name, place=r.place, reason=r.reason, cure=r.cure) for r in passes.refusals]
     return Report(
         model=graph.name, target=target.name, layers=layers, passes=rows, refusals=seen, pipeline=passes.pipeline,
-        facts={k: v for k, v in done.context.facts.items() if k == "ranges"},
+        facts={k: v for k, v in done.context.facts.items() if k.startswith("ranges")},
         machine={"cpu": cpu_name(), "isa": target.isa, "source": target.source},
         versions={"bitwright": __version__},
     )  # fmt: skip

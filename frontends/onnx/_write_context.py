@@ -163,9 +163,8 @@ class Writing:
         if not isinstance(n.op, ops.Weight):
             return n.output
         stem = re.sub(r"\.\d+$", "", n.op.ref)
-        ours = n.origin in (stem, stem.rpartition(".")[0])  # the layer or the weight, and not a list of weights
-        alone = not any(r != n.op.ref and (r == stem or r.startswith(f"{stem}.")) for r in self._refs)
-        return stem if n.origin and ours and alone else n.op.ref
+        versions = re.compile(re.escape(stem) + r"(\.\d+)?")  # of one weight, or a list of weights
+        return n.op.ref if any(r != n.op.ref and versions.fullmatch(r) for r in self._refs) else stem
 
     def initializer(self, stem: str, array: Array, dtype: DType) -> str:
         """A new initializer; ``dtype`` is a format ONNX has."""

@@ -11,13 +11,14 @@ from bitwright.ir import ops
 from bitwright.ir.build import Rewriter
 from bitwright.ir.graph import Graph, Level, Node
 from bitwright.ir.interpret import to_numpy, to_torch
-from bitwright.ir.types import F32
+from bitwright.ir.types import F32, U8
 from bitwright.passes._layers import layer_of
 from bitwright.passes._pass import Context, Pass
 from bitwright.passes.canonical.simplify import Simplify
 from bitwright.passes.lowering._dyadic import Grid, Term, scalar_quantization
 from bitwright.passes.lowering._sink import sink_dequantize
 from bitwright.passes.lowering._terms import Reader
+from bitwright.passes.lowering._unsigned import unsigned_codes
 
 _CONTRACTIONS = (ops.Linear, ops.Conv, ops.MatMul)
 
@@ -57,7 +58,8 @@ class LowerToInteger(Pass):
     lossy: ClassVar[bool] = True
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        graph = Simplify().run(sink_dequantize(graph), context)
+        activation = context.target.activation if context.target is not None else U8
+        graph = Simplify().run(sink_dequantize(unsigned_codes(graph, activation)), context)
         rw = Rewriter(graph, "integer")
         reader = Reader(rw)
         for node in graph.nodes:

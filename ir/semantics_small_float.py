@@ -139,7 +139,7 @@ def _short(t: Tensor) -> bool:
 def dots(a: Tensor, b: Tensor, sums: Sums) -> Tensor:
     """Small-float sums a[A, K] by b[B, K] -> [A, B] in f32 or f64 (``sums.dtype``); no gradient."""
     if a.shape[0] > b.shape[0]:
-        return dots(b, a, sums).t()
+        return dots(b, a, sums).t().contiguous()
     spoilt = a.isnan().any(1)[:, None] | b.isnan().any(1)
     a, b = (t.double().nan_to_num() if not bool(t.isfinite().all()) else t for t in (a, b))
     out = torch.zeros(a.shape[0], b.shape[0], dtype=sums.dtype, device=a.device)

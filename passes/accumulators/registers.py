@@ -73,14 +73,15 @@ def _narrow(op: ops.IntLinear | ops.IntConv, x: Tensor, w: Tensor, exact: Tensor
         return saturating_sums(a, b, op.x_zero, bits)
 
     if isinstance(op, ops.IntLinear):
-        return linear(shifted, factors, None, sums).to(exact.dtype)
+        return torch.empty_like(exact).copy_(linear(shifted, factors, None, sums))
     shifted = shifted.movedim(-1, 1) if op.channels_last else shifted
     parts = [
         conv(u, v, None, (op.stride, op.padding, op.dilation), sums)
         for u, v in zip(shifted.chunk(op.groups, 1), factors.chunk(op.groups, 0), strict=True)
     ]
-    y = torch.cat(parts, 1).to(exact.dtype)
-    return y.movedim(1, -1) if op.channels_last else y
+    y = torch.cat(parts, 1)
+    # in the layout of the exact result: the last bits of float operators that follow depend on it
+    return torch.empty_like(exact).copy_(y.movedim(1, -1) if op.channels_last else y)
 
 
 def saturating_sums(x: Tensor, w: Tensor, zero: int, bits: int) -> Tensor:

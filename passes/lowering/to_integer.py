@@ -16,6 +16,7 @@ from bitwright.passes._layers import layer_of
 from bitwright.passes._pass import Context, Pass
 from bitwright.passes.canonical.simplify import Simplify
 from bitwright.passes.lowering._dyadic import Grid, Term, scalar_quantization
+from bitwright.passes.lowering._exact import exact_contraction
 from bitwright.passes.lowering._sink import sink_dequantize
 from bitwright.passes.lowering._terms import Reader
 from bitwright.passes.lowering._unsigned import unsigned_codes
@@ -65,7 +66,9 @@ class LowerToInteger(Pass):
         for node in graph.nodes:
             if isinstance(node.op, _CONTRACTIONS) and _quantized(graph, node):
                 self._contract(reader, node, context)
-            elif not (isinstance(node.op, ops.Quantize) and _requantize(reader, node)):
+            elif isinstance(node.op, ops.Quantize) and _requantize(reader, node):
+                continue
+            elif not exact_contraction(rw, node, context):
                 rw.keep(node)
         return rw.done()
 

@@ -6,15 +6,20 @@ shows it beside the measured time. Efficiencies are those the kernels of ``tvm/c
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node, Value
 from bitwright.ir.target import Target
-from bitwright.ir.types import F32, NM, TensorType
+from bitwright.ir.types import F32, NM, DType, TensorType
 from bitwright.ir.work import macs
 
 _EFFICIENCY = 0.9
+_PACKING_MAY_COST = 0.03
+_FEW_ROWS = 2
+"""With 16 registers, unpacking for more rows than this slows the kernel (benchmarks/lowbit.py)."""
 _SLOW = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish pow sin cos div rsqrt sqrt".split())
 _SLOW_STEPS = 12
 _GENERIC = 1.5e9
@@ -34,12 +39,26 @@ class Cost:
     limit: float
 
 
-def weight_bytes(t: TensorType, isa: str = "avx512-vnni") -> float:
+def stored_bits(dtype: DType) -> int:
+    """Bits that a weight of this format takes in a packed kernel: the next of 2, 4 and 8 that holds its values.
+
+    >>> from bitwright.ir.types import parse_dtype
+    >>> [stored_bits(parse_dtype(t)) for t in ("ternary", "bipolar", "s2", "s3", "s4", "s5", "s8")]
+    [2, 2, 2, 4, 4, 8, 8]
+    """
+    if not dtype.is_integer or dtype.bits > 8:
+        return dtype.bits
+    return next((b for b in (2, 4) if -(1 << (b - 1)) <= dtype.lo and dtype.hi < 1 << (b - 1)), 8)
+
+
+def weight_bytes(t: TensorType, isa: str = "avx512-vnni", packed: bool = True) -> float:
     """Bytes of a weight as its kernel stores it: N:M weights carry their kept values and packed indices.
 
     8-bit weights take 2 to 8 bits an index with AVX-512 and a byte elsewhere, f32 ones 4 bits (a byte in scalar code).
+    ``packed``: weights below 8 bits are unpacked in the kernel; otherwise they take a byte.
     """
-    dense = t.size * max(8, t.dtype.bits) / 8
+    bits = stored_bits(t.dtype) if packed else max(8, t.dtype.bits)
+    dense = t.size * bits / 8
     if not isinstance(t.encoding, NM):
         return dense
     kept = t.size * t.encoding.density
@@ -51,17 +70,49 @@ def weight_bytes(t: TensorType, isa: str = "avx512-vnni") -> float:
     else:
         index_bits = 8
         kept = max(kept, t.size / 4) if isa != "portable" else kept  # at least one of every four is stored
-    return kept * (max(8, t.dtype.bits) + index_bits) / 8
+    return kept * (bits + index_bits) / 8
 
 
-def cost_of(body: Graph, target: Target, *, generic: bool = False, sparse: bool = True) -> Cost:
-    """The cost of one region on one core; ``sparse`` False prices N:M weights as dense ones."""
+def packs(body: Graph, target: Target) -> bool:
+    """Whether weights below 8 bits are stored packed and unpacked in the kernel.
+
+    They are what was asked for, so it may cost :data:`_PACKING_MAY_COST` of the time that a byte for each would take.
+    """
+    if all(b == 8 for b in _low_bits(body).values()):
+        return False
+    if target.isa != "avx512-vnni" and any(_reuse(n, body) > _FEW_ROWS for n in body.nodes if macs(n, body)):
+        return False
+    packed, bytes_ = (cost_of(body, target, packed=p).seconds for p in (True, False))
+    return packed <= (1 + _PACKING_MAY_COST) * bytes_
+
+
+def _low_bits(body: Graph) -> dict[str, int]:
+    """Bits that every weight of an integer contraction takes if it is packed, by value."""
+    out = {}
+    for node in body.nodes:
+        if isinstance(node.op, ops.IntLinear | ops.IntConv):
+            w, groups = body.types[node.inputs[1]], getattr(node.op, "groups", 1)
+            depthwise = groups > 1 and groups == w.shape[0]
+            out[node.inputs[1]] = 8 if depthwise else stored_bits(w.dtype)
+    return out
+
+
+def cost_of(
+    body: Graph, target: Target, *, generic: bool = False, sparse: bool = True, packed: bool | None = None
+) -> Cost:
+    """The cost of one region on one core; ``sparse`` False prices N:M weights as dense ones.
+
+    ``packed``: whether weights below 8 bits are unpacked in the kernel (None: as :func:`packs` decides).
+    """
+    if packed is None:
+        packed = not generic and packs(body, target)
     operations = 2 * sum(macs(n, body) for n in body.nodes)
-    nbytes = sum(_touched(v, body, target, sparse) for v in body.inputs)
+    low = _low_bits(body) if packed else {}
+    nbytes = sum(_touched(v, body, target, sparse, low) for v in body.inputs)
     nbytes += sum(_plain_bytes(body.types[o]) for o in body.outputs)
     arithmetic, limit = 0.0, 0.0
     for node in body.nodes:
-        seconds, floor = _node_seconds(node, body, target, sparse)
+        seconds, floor = _node_seconds(node, body, target, sparse, low)
         arithmetic += seconds if not generic else max(seconds, _work(node, body) / _GENERIC)
         limit += floor
     bandwidth = target.cache_bandwidth if nbytes < target.l3_bytes // 2 else target.memory_bandwidth
@@ -73,13 +124,15 @@ def _plain_bytes(t: TensorType) -> int:
     return t.size * max(1, t.dtype.bits // 8)
 
 
-def _touched(v: Value, body: Graph, target: Target, sparse: bool) -> int:
+def _touched(v: Value, body: Graph, target: Target, sparse: bool, low: Mapping[str, int]) -> int:
     """Bytes of an input that the kernel reads: of a table only the rows that are gathered."""
     readers = [n for n in body.nodes if v.name in n.inputs]
     if readers and all(isinstance(n.op, ops.Gather) and n.inputs[0] == v.name for n in readers):
         return sum(_plain_bytes(n.type) for n in readers)
     if v.type.encoding is not None and sparse:
-        return int(weight_bytes(v.type, target.isa))
+        return int(weight_bytes(v.type, target.isa, v.name in low))
+    if v.name in low:
+        return v.type.size * low[v.name] // 8
     return _plain_bytes(v.type)
 
 
@@ -87,7 +140,7 @@ def _work(node: Node, body: Graph) -> int:
     return max(macs(node, body), node.type.size, *(body.types[x].size for x in node.inputs), 0)
 
 
-def _node_seconds(node: Node, body: Graph, target: Target, sparse: bool) -> tuple[float, float]:
+def _node_seconds(node: Node, body: Graph, target: Target, sparse: bool, low: Mapping[str, int]) -> tuple[float, float]:
     """Expected seconds of one node's arithmetic, and the seconds at the target's peak."""
     count = macs(node, body)
     if count:
@@ -103,7 +156,8 @@ def _node_seconds(node: Node, body: Graph, target: Target, sparse: bool) -> tupl
         if isinstance(w.encoding, NM) and sparse:
             gain = max(1.0, target.sparse_gain(x.dtype, w.encoding))
             ideal = w.encoding.group / w.encoding.keep if gain > 1 else 1.0
-        reuse = min(1.0, 0.25 + _reuse(node, body) / 16)
+        rows, bits = _reuse(node, body), low.get(node.inputs[1], 8)
+        reuse = min(1.0, (0.25 + rows / 16) * math.sqrt(8 / bits))
         return 2 * count / (rate * _EFFICIENCY * gain * reuse), 2 * count / (rate * ideal)
     if isinstance(node.op, (ops.Weight, ops.Constant)):
         return 0.0, 0.0

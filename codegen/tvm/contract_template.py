@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 
+from bitwright.codegen.cost import packs, stored_bits
 from bitwright.codegen.tvm import contract
 from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, Element, Knobs, Matrix
 from bitwright.codegen.tvm.epilogue import PointwiseEpilogue
@@ -17,7 +18,7 @@ from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.patterns import tightest_keeps, violation
 from bitwright.ir.target import Target, in_bytes
-from bitwright.ir.types import F32, NM, S8, S16, U8, TensorType
+from bitwright.ir.types import F32, NM, S8, S16, U8, DType, TensorType
 from bitwright.ir.weights import Array
 
 _PAYS = 1.05
@@ -72,7 +73,10 @@ class Contract(Template):
         if why := epilogue.refusal():
             return Refused(f"epilogue: {why}")
         narrow = getattr(root.op, "partial", None) == S16
-        knobs = contract.knobs(spec, isa, weight, narrow=narrow)
+        declared = body.types[root.inputs[1]].dtype
+        bits = stored_bits(declared) if spec.element == "u8s8" and packs(body, target) else 8
+        knobs = contract.knobs(spec, isa, weight, narrow=narrow, bits=bits)
+        reason += f"; {bits}-bit weights unpacked in the kernel" if knobs.bits < 8 else _as_bytes(declared, knobs, spec)
         reason += _sums(spec, knobs, isa) if narrow else ""
         tasks, scratch, packed = _extent(spec, knobs)
         x, w = position[root.inputs[0]], position[root.inputs[1]]
@@ -121,6 +125,14 @@ class Contract(Template):
             return "the packed weights do not unpack to the weights"
         pattern = body.inputs[config.weight].type.encoding
         return violation(again.reshape(weight.shape), pattern) if pattern else ""
+
+
+def _as_bytes(declared: DType, knobs: Knobs, spec: ContractSpec) -> str:
+    """Why weights below 8 bits take a byte each, for the report; the empty string for others."""
+    if not declared.is_integer or stored_bits(declared) == 8:
+        return ""
+    why = contract.lowbit.refusal(spec, replace(knobs, bits=stored_bits(declared)))
+    return f"; {declared} weights in bytes: {why or 'unpacking them would slow the layer'}"
 
 
 def _sums(spec: ContractSpec, knobs: Knobs, isa: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.codegen.tvm.contract import lowbit
 from bitwright.codegen.tvm.contract.choose import default_knobs as knobs
 from bitwright.codegen.tvm.contract.choose import (
     is_depthwise,
@@ -95,5 +96,5 @@ def emit(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str) -> Ker
 
 
 def _check(spec: ContractSpec, knobs: Knobs) -> None:
-    if reason := supports(spec, knobs.isa):
+    if reason := supports(spec, knobs.isa) or lowbit.refusal(spec, knobs):
         raise InvalidInput(reason)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from bitwright.codegen.tvm.contract.depthwise import MAX_TAPS, height_of
 from bitwright.codegen.tvm.contract.engine import engine_of
+from bitwright.codegen.tvm.contract.lowbit import refusal
 from bitwright.codegen.tvm.contract.narrow import any_pair_fits, safe_steps, spill_of, terms_of
 from bitwright.codegen.tvm.contract.plan import Plan, plan_of
 from bitwright.codegen.tvm.contract.spec import LANES, ContractSpec, Conv, Isa, Knobs, Matrix, image_of
@@ -103,28 +104,31 @@ def _safe_steps(spec: ContractSpec, weight: NDArray[Any], most: int) -> int:
 def contraction_plan(spec: ContractSpec, knobs: Knobs) -> Plan:
     """The order of the products under these knobs; raises :class:`InvalidInput` when the pattern has none."""
     engine = engine_of(spec, knobs)
-    plan = plan_of(spec, engine.quad, engine.selector)
+    plan = plan_of(spec, engine.quad, engine.selector, knobs.fields)
     if isinstance(plan, str):
         raise InvalidInput(plan)
     return plan
 
 
-def default_knobs(spec: ContractSpec, isa: Isa, weight: NDArray[Any] | None = None, *, narrow: bool = False) -> Knobs:
+def default_knobs(
+    spec: ContractSpec, isa: Isa, weight: NDArray[Any] | None = None, *, narrow: bool = False, bits: int = 8
+) -> Knobs:
     """The register tile to start from.
 
     ``weight`` lets AVX2 use pmaddubsw where that is proven exact; ``narrow`` lets it keep sums in 16 bits for as long
-    as they are proven to fit.
+    as they are proven to fit. ``bits``: what a packed weight shall take (8 where no kernel unpacks fewer).
     """
     steps, most = 0, spec.depth if narrow else 1
     if isa == "avx2" and spec.element == "u8s8" and weight is not None:
         steps = _safe_steps(spec, weight, most)
     compact, spill, safe = spec.rows <= COMPACT_ROWS, 0, steps > 0
+    bits = 8 if refusal(spec, Knobs(isa, 1, 1, safe_pairs=safe, bits=bits)) else bits
     if is_depthwise(spec) and isinstance(spec.geometry, Conv):
         quad = engine_of(spec, Knobs(isa, 1, 1)).quad
         return Knobs(isa, 2 if quad == 1 else 4, height_of(spec.geometry, quad), safe_pairs=safe)
     rows, vectors = _SAFE_PAIRS_TILE if safe else _TILES[spec.element, isa][1 if spec.pattern else 0]
     if narrow and safe:
-        plan = contraction_plan(spec, Knobs(isa, 1, 1, safe_pairs=True, compact=compact))
+        plan = contraction_plan(spec, Knobs(isa, 1, 1, safe_pairs=True, compact=compact, bits=bits))
         spill = spill_of(plan, steps)
         if spill and spill * len(plan.block.steps) < UNROLLED:
             rows, vectors = _SHORT_SUMS_TILE
@@ -139,7 +143,7 @@ def default_knobs(spec: ContractSpec, isa: Isa, weight: NDArray[Any] | None = No
         rows = min(rows, spec.geometry.rows)
         panels, most = panels * spec.geometry.batch, spec.geometry.rows // REPACK_ROWS
     blocks = max(1, min(ceil(TASKS / panels), most))
-    return Knobs(isa, rows, vectors, blocks, safe, compact, _prefetch_pays(spec, isa, rows), spill)
+    return Knobs(isa, rows, vectors, blocks, safe, compact, _prefetch_pays(spec, isa, rows, bits), spill, bits)
 
 
 def unsafe_sums(spec: ContractSpec, knobs: Knobs, weight: NDArray[Any]) -> str:
@@ -159,10 +163,10 @@ def terms_between_spills(spec: ContractSpec, knobs: Knobs) -> int:
     return terms_of(contraction_plan(spec, knobs), knobs.spill) if knobs.spill else 0
 
 
-def _prefetch_pays(spec: ContractSpec, isa: Isa, rows: int) -> bool:
+def _prefetch_pays(spec: ContractSpec, isa: Isa, rows: int, bits: int) -> bool:
     """Measured: dense 8-bit weights beyond the second-level cache, and 4 to 16 tiles that share a panel."""
     dense = spec.element == "u8s8" and spec.pattern is None and isa == "avx512-vnni"
-    return dense and spec.cols * spec.depth > PREFETCH_BYTES and 4 <= spec.rows // rows <= 16
+    return dense and spec.cols * spec.depth * bits // 8 > PREFETCH_BYTES and 4 <= spec.rows // rows <= 16
 
 
 def _dense_512(spec: ContractSpec, needed: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from math import ceil
 from bitwright.codegen.tvm.contract.choose import contraction_plan
 from bitwright.codegen.tvm.contract.engine import Engine, engine_of
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
+from bitwright.codegen.tvm.contract.lowbit import scaled
 from bitwright.codegen.tvm.contract.nest import Nest, nest_of
 from bitwright.codegen.tvm.contract.packing import Layout, packed_sizes
 from bitwright.codegen.tvm.contract.padding import emit_padded, padded_elements
@@ -24,6 +25,7 @@ from bitwright.codegen.tvm.contract.spec import (
 )
 from bitwright.codegen.tvm.contract.tile import LINE, Place, Streams, TileWriter
 from bitwright.codegen.tvm.tir import Builder, Index, choose, minimum, width
+from bitwright.ir.types import U8
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Contraction:
 def contraction(spec: ContractSpec, knobs: Knobs) -> Contraction:
     """Resolve engine, plan and layout; raises when the pattern has no plan."""
     engine, plan = engine_of(spec, knobs), contraction_plan(spec, knobs)
-    layout = Layout(engine.lanes, knobs.vectors, engine.index_dtype, engine.index_quad)
+    layout = Layout(engine.lanes, knobs.vectors, engine.index_dtype, engine.index_quad, engine.bits, engine.biased)
     return Contraction(spec, knobs, engine, plan, layout)
 
 
@@ -59,7 +61,7 @@ def emit_packed(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str)
     b = Builder(name)
     sizes = packed_sizes(spec, made.plan, made.layout)
     x = b.param("x", spec.input_dtype, spec.input_elements)
-    weights = b.param("weights", spec.weight_dtype, sizes[0])
+    weights = b.param("weights", U8 if knobs.bits < 8 else spec.weight_dtype, sizes[0])
     indices = b.param("indices", made.engine.index_dtype, sizes[1]) if made.plan.sparse else None
     init = b.param("init", spec.acc_dtype, spec.cols) if spec.init else None
     pointers = {p.name: b.param(p.name, p.dtype, p.elements) for p in epilogue.params}
@@ -79,6 +81,7 @@ def emit_packed(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str)
         epilogue,
         pointers,
         knobs.spill,
+        scaled(knobs),
     )
     emitter = _Emitter(made, writer, nest)
     tasks = spec.groups * len(made.panels) * nest.blocks
@@ -139,7 +142,7 @@ class _Emitter:
     def _tile(self, group: Index, panel: Index, row: Index, rows: int, vectors: int, cols: int) -> None:
         b, made = self.writer.b, self.made
         runs, engine, layout = self.writer.runs.count, made.engine, made.layout
-        panel_weights = runs * made.plan.steps * layout.vectors * layout.lanes * engine.quad
+        panel_weights = runs * made.plan.all_weight_vectors * layout.vectors * layout.lanes * engine.quad
         panel_indices = runs * made.plan.vectors * layout.vectors * layout.lanes * engine.index_quad
         vectors_per_group = ceil(made.group_cols / layout.lanes)
         group_weights = panel_weights // layout.vectors * vectors_per_group

@@ -6,10 +6,11 @@ activations are broadcast or selected, and how a multiply-accumulate is spelled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bitwright.codegen.instructions import x86
 from bitwright.codegen.instructions.core import Instruction
+from bitwright.codegen.tvm.contract import lowbit
 from bitwright.codegen.tvm.contract.plan import Plan, Selector, Step
 from bitwright.codegen.tvm.contract.spec import LANES, ContractSpec, Knobs
 from bitwright.codegen.tvm.spelling import call
@@ -30,6 +31,13 @@ class Engine:
     acc: DType
     index_dtype: DType
     index_quad: int
+    bits: int = field(default=8, kw_only=True)
+    """What a stored weight takes."""
+
+    @property
+    def biased(self) -> bool:
+        """Whether stored weights below 8 bits count from the smallest."""
+        return False
 
     def broadcast(self, b: Builder, x: Pointer, at: Index) -> Operand:
         """``quad`` consecutive activations in every lane."""
@@ -47,9 +55,13 @@ class Engine:
         """Activations per lane out of a window."""
         raise NotImplementedError
 
-    def weights(self, b: Builder, w: Pointer, at: Index) -> Operand:
-        """The weights of one step and one vector of outputs."""
+    def weights(self, b: Builder, w: Pointer, at: Index, part: int = 0) -> Operand:
+        """The weights of one step and one vector of outputs: the ``part``-th step that shares the stored vector."""
         return (b.let(b.load(w, at, self.lanes * self.quad)),)
+
+    def total(self, acc: Vec) -> Vec:
+        """The finished sum of an accumulator."""
+        return acc
 
     def interleave(self, b: Builder, rows: list[Vec]) -> Operand:
         """``quad`` vectors of activations, one per product of a lane."""
@@ -105,6 +117,13 @@ class DotBytes(Bytes):
 
     dot: Instruction
 
+    def weights(self, b: Builder, w: Pointer, at: Index, part: int = 0) -> Operand:
+        raw = b.load(w, at, self.lanes * 4)
+        return (b.let(raw if self.bits == 8 else lowbit.at_the_top(raw, self.bits, part)),)
+
+    def total(self, acc: Vec) -> Vec:
+        return acc >> (8 - self.bits) if self.bits < 8 else acc
+
     def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
         return call(self.dot, acc, a[0], w[0])
 
@@ -112,6 +131,14 @@ class DotBytes(Bytes):
 @dataclass(frozen=True)
 class PairBytes(Bytes):
     """pmaddubsw and pmaddwd by one. Exact only when no pair of products leaves 16 bits."""
+
+    @property
+    def biased(self) -> bool:
+        return True
+
+    def weights(self, b: Builder, w: Pointer, at: Index, part: int = 0) -> Operand:
+        raw = b.load(w, at, self.lanes * 4)
+        return (b.let(raw if self.bits == 8 else lowbit.as_bytes(raw, self.bits, part)),)
 
     def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
         return self.widen(acc, self.partial(None, a, w))
@@ -134,7 +161,7 @@ class WideBytes(Bytes):
         words = b.let(a).bits(U16)
         return b.let(words & 0xFF), b.let(words >> 8)
 
-    def weights(self, b: Builder, w: Pointer, at: Index) -> Operand:
+    def weights(self, b: Builder, w: Pointer, at: Index, part: int = 0) -> Operand:
         words = b.let(b.load(w, at, self.lanes * 4)).bits(S16)
         return b.let((words << 8) >> 8), b.let(words >> 8)
 
@@ -180,8 +207,9 @@ class Generic(Engine):
     def indices(self, b: Builder, stream: Pointer, at: Index, step: Step, plan: Plan) -> Vec:
         return b.let(b.load(stream, at, self.lanes).cast(S32))
 
-    def weights(self, b: Builder, w: Pointer, at: Index) -> Operand:
-        return (b.let(self._widen(b.load(w, at, self.lanes))),)
+    def weights(self, b: Builder, w: Pointer, at: Index, part: int = 0) -> Operand:
+        raw = b.load(w, at, self.lanes)
+        return (b.let(self._widen(raw) if self.bits == 8 else lowbit.as_words(raw, self.bits, part)),)
 
     def interleave(self, b: Builder, rows: list[Vec]) -> Operand:
         return (b.let(self._widen(rows[0])),)
@@ -225,7 +253,7 @@ def engine_of(spec: ContractSpec, knobs: Knobs) -> Engine:
     """The engine of a contraction under these knobs."""
     lanes = LANES[knobs.isa]
     if knobs.isa == "portable":
-        return Generic(lanes, 1, _ANY, spec.acc_dtype, U8, 1)
+        return Generic(lanes, 1, _ANY, spec.acc_dtype, U8, 1, bits=knobs.bits if spec.element == "u8s8" else 8)
     if spec.element == "f32":
         if spec.sparsity and spec.sparsity[1] > lanes:
             return GenericFma(lanes, 1, _ANY, F32, U8, 1)
@@ -235,9 +263,9 @@ def engine_of(spec: ContractSpec, knobs: Knobs) -> Engine:
 
 def _bytes(knobs: Knobs) -> Engine:
     if knobs.isa == "avx512-vnni":
-        return DotBytes(16, 4, _BYTES_512, S32, U8, 4, x86.VPERMB_512, x86.VPDPBUSD_512)
+        return DotBytes(16, 4, _BYTES_512, S32, U8, 4, x86.VPERMB_512, x86.VPDPBUSD_512, bits=knobs.bits)
     selector = _BYTES_256_COMPACT if knobs.compact else _BYTES_256
     if knobs.isa == "avx-vnni":
-        return DotBytes(8, 4, selector, S32, U8, 4, x86.VPSHUFB_256, x86.VPDPBUSD_256)
+        return DotBytes(8, 4, selector, S32, U8, 4, x86.VPSHUFB_256, x86.VPDPBUSD_256, bits=knobs.bits)
     kind = PairBytes if knobs.safe_pairs else WideBytes
-    return kind(8, 4, selector, S32, U8, 4, x86.VPSHUFB_256)
+    return kind(8, 4, selector, S32, U8, 4, x86.VPSHUFB_256, bits=knobs.bits)

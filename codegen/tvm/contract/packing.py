@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.codegen.tvm.contract.lowbit import narrowed, widened
 from bitwright.codegen.tvm.contract.plan import Plan
 from bitwright.codegen.tvm.contract.spec import ContractSpec, Matrix, runs_of
 from bitwright.ir.errors import InvalidInput
@@ -22,12 +23,17 @@ class Layout:
     """``[group][panel][run][step][vector][lane][quad]``, the last panel with the vectors that are left.
 
     Index vectors: ``[group][panel][run][index vector][vector][lane][index_quad]`` of ``index_dtype``.
+
+    Weights of ``bits`` below 8: one vector holds several consecutive steps of a block (:attr:`Plan.fields`), the first
+    one lowest in each byte, in two's complement or, if ``biased``, counted from the smallest.
     """
 
     lanes: int
     vectors: int
     index_dtype: DType
     index_quad: int
+    bits: int = 8
+    biased: bool = False
 
     def panels(self, cols: int) -> list[tuple[int, int]]:
         """(first column, vectors) of every panel."""
@@ -109,12 +115,14 @@ def _separate(layout: Layout, cols: int, flat: Array, shape: tuple[int, int, int
 def packed_sizes(spec: ContractSpec, plan: Plan, layout: Layout) -> tuple[int, int]:
     """Elements of the packed weights and of the packed indices."""
     vectors = spec.groups * ceil(spec.cols // spec.groups / layout.lanes) * layout.lanes * runs_of(spec).count
-    return vectors * plan.steps * plan.quad, vectors * plan.vectors * layout.index_quad
+    return vectors * plan.all_weight_vectors * plan.quad, vectors * plan.vectors * layout.index_quad
 
 
 def pack_weights(spec: ContractSpec, plan: Plan, layout: Layout, weight: Array, mask: Array | None) -> list[Array]:
     """Packed weights and, if sparse, packed indices."""
     weights, indices = _in_steps(spec, plan, weight, mask)
+    if layout.bits < 8:
+        weights = narrowed(plan, layout.bits, layout.biased, weights)
     streams = [weights] if indices is None else [weights, _pack_indices(plan, layout, *indices)]
     return [_interleave(layout, spec.cols // spec.groups, stream) for stream in streams]
 
@@ -155,7 +163,9 @@ def _pack_indices(plan: Plan, layout: Layout, positions: Array, real: Array) -> 
 def unpack_weights(spec: ContractSpec, plan: Plan, layout: Layout, arrays: list[Array]) -> tuple[Array, Array]:
     """Logical weights, and which of them are stored (non-zero slots; everything if dense)."""
     runs, cols = runs_of(spec).count, spec.cols // spec.groups
-    flat = _separate(layout, cols, arrays[0], (spec.groups, runs, plan.steps, plan.quad))
+    flat = _separate(layout, cols, arrays[0], (spec.groups, runs, plan.all_weight_vectors, plan.quad))
+    if layout.bits < 8:
+        flat = widened(plan, layout.bits, layout.biased, flat)
     if not plan.sparse:  # consecutive activations: the slots in order
         dense = flat.reshape(*flat.shape[:3], -1)[..., : plan.length]
         return from_runs(spec, dense), from_runs(spec, np.ones_like(dense, bool))

@@ -8,7 +8,7 @@ The same plan drives packing, unpacking and code generation, so they cannot disa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from bitwright.codegen.tvm.contract.spec import ContractSpec, runs_of
@@ -71,7 +71,10 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A run is ``full`` times ``block``, then ``tail``. ``group`` activations hold ``keep`` non-zeros."""
+    """A run is ``full`` times ``block``, then ``tail``. ``group`` activations hold ``keep`` non-zeros.
+
+    Weights of ``fields`` consecutive steps of a block share a vector.
+    """
 
     length: int
     keep: int
@@ -83,6 +86,7 @@ class Plan:
     block: Block
     full: int
     tail: Block | None
+    fields: int = 1
 
     @property
     def groups(self) -> int:
@@ -91,6 +95,14 @@ class Plan:
     @property
     def steps(self) -> int:
         return self.full * len(self.block.steps) + (len(self.tail.steps) if self.tail else 0)
+
+    def weight_vectors(self, block: Block) -> int:
+        """Vectors of weights (per vector of outputs) that a block takes."""
+        return ceil(len(block.steps) / self.fields)
+
+    @property
+    def all_weight_vectors(self) -> int:
+        return self.full * self.weight_vectors(self.block) + (self.weight_vectors(self.tail) if self.tail else 0)
 
     @property
     def vectors(self) -> int:
@@ -106,21 +118,27 @@ class Plan:
         return out
 
 
-def plan_of(spec: ContractSpec, quad: int, selector: Selector) -> Plan | str:
-    """The plan of one run, or the reason why the pattern has none on this instruction set."""
+def plan_of(spec: ContractSpec, quad: int, selector: Selector, fields: int = 1) -> Plan | str:
+    """The plan of one run, or the reason why the pattern has none on this instruction set.
+
+    ``fields``: steps whose weights share a vector. The order of the products does not depend on it.
+    """
     length = runs_of(spec).length
     if spec.sparsity is None:
-        return _dense(length, quad)
+        return _dense(length, quad, fields)
     keep, group = spec.sparsity
     if group > selector.window:
         return f"a group of {group} does not fit the {selector.window} activations one selection reaches"
-    return _sparse(length, keep, group, quad, selector)
+    return replace(_sparse(length, keep, group, quad, selector), fields=fields)
 
 
-def _dense(length: int, quad: int) -> Plan:
-    step = Step(tuple(Slot(q, 0) for q in range(quad)), 0)
-    block = Block((step,), quad, quad, 0)
-    return Plan(length, 1, 1, quad, False, 0, quad, block, ceil(length / quad), None)
+def _dense(length: int, quad: int, fields: int) -> Plan:
+    def block(steps: int) -> Block:
+        made = (Step(tuple(Slot(n * quad + q, 0) for q in range(quad)), n * quad) for n in range(steps))
+        return Block(tuple(made), steps * quad, steps * quad, 0)
+
+    full, rest = divmod(ceil(length / quad), fields)
+    return Plan(length, 1, 1, quad, False, 0, quad, block(fields), full, block(rest) if rest else None, fields)
 
 
 def _sparse(length: int, keep: int, group: int, quad: int, selector: Selector) -> Plan:

@@ -175,7 +175,8 @@ class Knobs:
     weights are proven not to saturate pmaddubsw; ``compact``: pack byte indices in time on 256-bit vectors too
     (fewer bytes to stream, more instructions); ``prefetch``: while few rows pass over a weight panel, fetch the
     next one; ``spill``: sums are kept in 16 bits and added to the accumulators every so many blocks of the plan
-    (0: every product is). ``rows``, ``row_blocks``, ``prefetch`` and ``spill`` do not change the packed weights.
+    (0: every product is); ``bits``: what a packed 8-bit weight takes, 8, 4 or 2: unpacked in the kernel.
+    ``rows``, ``row_blocks``, ``prefetch`` and ``spill`` do not change the packed weights.
     """
 
     isa: Isa
@@ -186,6 +187,12 @@ class Knobs:
     compact: bool = False
     prefetch: bool = False
     spill: int = 0
+    bits: int = 8
+
+    @property
+    def fields(self) -> int:
+        """Weights that share a byte, or 1."""
+        return 8 // self.bits
 
 
 @dataclass(frozen=True, slots=True)

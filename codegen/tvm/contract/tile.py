@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from bitwright.codegen.tvm.contract.engine import Engine, Generic, Operand, PairBytes
@@ -53,11 +53,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where the reduction stands: activation index per row, weight and index position."""
+    """Where the reduction stands: activation index per row, weight and index position, and which of the steps that
+    share a vector of weights it is."""
 
     x: list[Index]
     weights: Index
     indices: Index
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class TileWriter:
     epilogue: Epilogue
     pointers: Mapping[str, Pointer]
     spill: int = 0
+    scaled: bool = False
+    """Whether accumulators hold a multiple of the sums, which then begin at zero."""
 
     def tile(self, place: Place) -> None:
         """Initialise, reduce, hand the accumulators to the epilogue."""
@@ -79,7 +83,7 @@ class TileWriter:
         acc: list[list[Register]] = [[] for _ in place.x]
         for j in range(place.vectors):
             start = const(0, self.engine.acc, lanes)
-            if self.streams.init is not None:
+            if self.streams.init is not None and not self.scaled:
                 start = self.b.let(self.b.load(self.streams.init, place.col + j * lanes, lanes))
             for row in acc:
                 row.append(self.b.register(self.engine.acc, lanes, start, "acc"))
@@ -115,13 +119,13 @@ class _Tile:
         inner = prod(n for n, _ in loops[depth + 1 :])
         with b.loop(count, name="tap") as t:
             x = [b.index(i + t * distance) for i in at.x]
-            weights = b.index(at.weights + t * (inner * plan.steps * self.weight_step))
+            weights = b.index(at.weights + t * (inner * plan.all_weight_vectors * self.weight_step))
             indices = b.index(at.indices + t * (inner * plan.vectors * self.index_step))
             self.reduce(depth + 1, Cursor(x, weights, indices))
 
     def _run(self, at: Cursor) -> None:
         plan, block = self.writer.plan, self.writer.plan.block
-        weights, indices = len(block.steps) * self.weight_step, block.vectors * self.index_step
+        weights, indices = plan.weight_vectors(block) * self.weight_step, block.vectors * self.index_step
 
         def moved(k: Index) -> Cursor:
             x = [i + k * block.advance for i in at.x]
@@ -163,12 +167,13 @@ class _Tile:
         writer, engine = self.writer, self.writer.engine
         start, windows = -1, list[Vec]()
         for n, step in enumerate(block.steps):
-            here = Cursor(at.x, at.weights + n * self.weight_step, at.indices)
-            for line in range(self.place.lines):
+            vector, part = divmod(n, writer.plan.fields)
+            here = Cursor(at.x, at.weights + vector * self.weight_step, at.indices, part)
+            for line in range(self.place.lines if part == 0 else 0):
                 stream = writer.streams.weights
                 writer.b.prefetch(stream, here.weights + self.place.ahead + line * (LINE // width(stream.dtype)))
             if not writer.plan.sparse:
-                self._dense_step(here)
+                self._dense_step(here if not step.start else replace(here, x=[i + step.start for i in at.x]))
             elif isinstance(engine, Generic):
                 self._gather_step(engine, step, here)
             else:
@@ -216,7 +221,8 @@ class _Tile:
 
     def _weights(self, at: Cursor, j: int) -> Operand:
         engine = self.writer.engine
-        return engine.weights(self.writer.b, self.writer.streams.weights, at.weights + j * engine.lanes * engine.quad)
+        where = at.weights + j * engine.lanes * engine.quad
+        return engine.weights(self.writer.b, self.writer.streams.weights, where, at.part)
 
     def _indices(self, step: Step, at: Cursor, j: int) -> Vec:
         writer, stream = self.writer, self.writer.streams.indices
@@ -252,7 +258,11 @@ class _Tile:
     def _store(self, acc: Vec, row: Index, j: int) -> None:
         writer, lanes = self.writer, self.writer.engine.lanes
         valid = min(lanes, self.place.cols - j * lanes)
-        writer.epilogue.store(writer.b, writer.pointers, writer.b.let(acc), row, self.place.col + j * lanes, valid)
+        col = self.place.col + j * lanes
+        if writer.scaled:
+            acc = writer.engine.total(acc)
+            acc = acc if writer.streams.init is None else acc + writer.b.load(writer.streams.init, col, lanes)
+        writer.epilogue.store(writer.b, writer.pointers, writer.b.let(acc), row, col, valid)
 
 
 def _kept(b: Builder, count: int) -> Index:

@@ -56,7 +56,6 @@ class Writing:
         self.bound: dict[str, str] = {v.name: v.name for v in graph.inputs}
         self.nibbles: set[str] = set()
         """IR values that are held in INT4 or UINT4."""
-        self.bytes = 0
         self._refs = {n.op.ref for n in graph.nodes if isinstance(n.op, ops.Weight)}
         self._taken = {*self.bound, *graph.output_names}
         self._node_names: set[str] = set()
@@ -162,15 +161,14 @@ class Writing:
         n = self.graph.producers[value]
         if not isinstance(n.op, ops.Weight):
             return n.output
-        stem = re.sub(r"\.\d+$", "", n.op.ref)
-        versions = re.compile(re.escape(stem) + r"(\.\d+)?")  # of one weight, or a list of weights
+        stem = re.sub(r"[.~]\d+$", "", n.op.ref)
+        versions = re.compile(re.escape(stem) + r"([.~]\d+)?")  # of one weight, or a list of weights
         return n.op.ref if any(r != n.op.ref and versions.fullmatch(r) for r in self._refs) else stem
 
     def initializer(self, stem: str, array: Array, dtype: DType) -> str:
         """A new initializer; ``dtype`` is a format ONNX has."""
         numpy = {S4: np.dtype(ml_dtypes.int4), U4: np.dtype(ml_dtypes.uint4), BF16: np.dtype(ml_dtypes.bfloat16)}
-        data = np.ascontiguousarray(array).reshape(array.shape).astype(numpy.get(dtype, dtype.numpy))
-        self.bytes += data.size * dtype.bits // 8
+        data = np.ascontiguousarray(array).reshape(array.shape).astype(numpy.get(dtype, dtype.numpy), copy=False)
         name = self.fresh(stem)
         self.initializers[name] = numpy_helper.from_array(data, name)
         return name

@@ -47,16 +47,17 @@ def to_onnx(graph: Graph, path: str | os.PathLike[str] | None = None) -> onnx.Mo
             f"@{graph.name} is at the {graph.level} level; ONNX is written from the graph level: run the passes before"
             " lower-to-integer only"
         )
+    size = sum(t.size * container(t.dtype, nibble=True).bits for t in _weights(graph)) / 8
+    if size > LARGEST_BYTES:
+        raise InvalidInput(
+            f"{size / 1e9:.1f} GB of weights do not fit into one ONNX file (at most {LARGEST_BYTES / 1e9} GB);"
+            " quantize them, or write the model in parts"
+        )
     w = Writing(graph, _write_quant.constant_dequantize)
     w.nibbles = nibbles(graph)
     _write_nodes(w)
     outputs = _outputs(w)
     _drop_dead(w, {o.name for o in outputs})
-    if w.bytes > LARGEST_BYTES:
-        raise InvalidInput(
-            f"{w.bytes / 1e9:.1f} GB of weights do not fit into one ONNX file (at most {LARGEST_BYTES / 1e9} GB);"
-            " quantize them, or write the model in parts"
-        )
     body = helper.make_graph(
         w.nodes, graph.name, [_described(v.name, v.type) for v in graph.inputs], outputs, list(w.initializers.values())
     )
@@ -64,10 +65,16 @@ def to_onnx(graph: Graph, path: str | os.PathLike[str] | None = None) -> onnx.Mo
         body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="bitwright",
         producer_version=__version__,
     )  # fmt: skip
-    onnx.checker.check_model(model)
+    data = model.SerializeToString(deterministic=True)
+    onnx.checker.check_model(data)
     if path is not None:
-        _save(model, Path(path))
+        _save(data, Path(path))
     return model
+
+
+def _weights(graph: Graph) -> list[TensorType]:
+    """The type of each stored tensor, once."""
+    return list({n.op.ref: n.type for n in graph.nodes if isinstance(n.op, ops.Weight)}.values())
 
 
 def _write_nodes(w: Writing) -> None:
@@ -120,11 +127,11 @@ def _described(name: str, t: TensorType) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, element(container(t.dtype)), list(t.shape))
 
 
-def _save(model: onnx.ModelProto, path: Path) -> None:
+def _save(data: bytes, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         try:
-            temporary.write_bytes(model.SerializeToString(deterministic=True))
+            temporary.write_bytes(data)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

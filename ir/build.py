@@ -87,10 +87,12 @@ class Builder:
         return self.append(Weight(key), (), (name or key,), (type,), origin)[0]
 
     def _fresh_key(self, stem: str) -> str:
+        """``fc.weight.1`` for a further ``fc.weight``; ``~1`` behind keys whose own end may be a dot and a number."""
         key, n = stem, self._keys.get(stem, 0)
+        mark = "." if stem.endswith((".weight", ".bias", ".scale")) else "~"
         while key in self.weights or key in self.new_weights:
             n += 1
-            key = f"{stem}.{n}"
+            key = f"{stem}{mark}{n}"
         self._keys[stem] = n
         return key
 

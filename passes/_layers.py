@@ -10,8 +10,12 @@ from bitwright.ir.graph import Graph, Node
 
 
 def stem(key: str) -> str:
-    """A weight key without the number that an earlier rewrite added: ``fc.weight.1`` -> ``fc.weight``."""
-    return re.sub(r"(\.(?:weight|bias|scale))\.\d+$", r"\1", key)
+    """A weight key without the number that an earlier rewrite added: ``fc.weight.1`` -> ``fc.weight``.
+
+    >>> stem("fc.weight.1"), stem("onnx::Conv_37~2"), stem("layers.1")
+    ('fc.weight', 'onnx::Conv_37', 'layers.1')
+    """
+    return re.sub(r"(?:(\.(?:weight|bias|scale))\.\d+|~\d+)$", r"\1", key)
 
 
 def weight_node(graph: Graph, node: Node) -> Node | None:
@@ -28,7 +32,7 @@ def layer_of(graph: Graph, node: Node) -> str:
     if source is None:
         return node.output
     assert isinstance(source.op, ops.Weight)
-    return re.sub(r"\.weight(\.\d+)?$", "", source.op.ref)
+    return stem(source.op.ref).removesuffix(".weight")
 
 
 def matches(pattern: str, graph: Graph, node: Node) -> bool:

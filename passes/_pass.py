@@ -68,6 +68,8 @@ class Pass:
     """True when outputs may change (the manager then measures by how much, given calibration data)."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Facts (keys of ``Context.facts``) that an earlier pass must have established."""
+    uses: ClassVar[tuple[str, ...]] = ()
+    """Facts that the pass takes where there are any, with some of its options."""
     establishes: ClassVar[tuple[str, ...]] = ()
     """Facts that this pass puts into ``Context.facts``."""
     source: ClassVar[str] = ""

@@ -17,6 +17,15 @@ RECIPES: Mapping[str, str] = {
     "sparse": "nm-mask{pattern=2:4}, reconstruct",
     "sparse-int8": "nm-mask{pattern=2:4}, reconstruct, observe-ranges, quantize-int8",
     "transposable": "transposable-mask{pattern=4:8}, reconstruct",
+    # the norms come last: they mend what the formats that were chosen did
+    "ptq-light": "observe-ranges{method=mse also=4}, assign-precision, retune-norms",
+    # biases after the norms, whose gains move the means they correct
+    "ptq-advanced": (
+        "observe-ranges{method=mse also=4}, assign-precision{rounding=adaquant}, retune-norms, correct-bias"
+    ),
+    "weight-only": "quantize-weights{bits=4 group=64}",
+    # data before equalizing, which moves what batch norms remember; ranges after it, for the channels have changed
+    "data-free": "synthesize-calibration, equalize-layers, observe-ranges, quantize-int8, correct-bias",
 }
 """Names a user may write for a list of passes."""
 

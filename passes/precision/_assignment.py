@@ -53,7 +53,7 @@ class Problem:
         choices = choices_of(p.choices, context.target)
         if p.sensitivity == "curvature" and any(c.activation < 8 for c in choices):
             raise InvalidInput("assign-precision: curvature tells nothing of activations: measure choices such as s4a4")
-        nodes = _layers(graph, context, p)
+        nodes = layers_of(graph, context, p)
         layers = tuple(nodes)
         fits = _fitting(graph, context, p, choices)
 
@@ -144,7 +144,8 @@ def report(problem: Problem, plan: Allocation, context: Context, p: AssignPrecis
         at = able.index(plan.choice[i])
         context.remark(
             p.name, layer, choice=str(problem.choices[plan.choice[i]]), loss=problem.losses[i][at],
-            cost=problem.costs[i][at], of="; ".join(told),
+            loss_share=problem.losses[i][at] / plan.loss if plan.loss > 0 else 0.0, cost=problem.costs[i][at],
+            of="; ".join(told),
         )  # fmt: skip
     front = "; ".join(f"{cost:.1%} at loss {loss:.3g}" for cost, loss in problem.front(p.front))
     context.remark(
@@ -172,7 +173,7 @@ def _scratch(context: Context) -> Context:
     return Context(context.target, context.calibration, None, facts=dict(context.facts), price=context.price)
 
 
-def _layers(graph: Graph, context: Context, p: AssignPrecision) -> dict[str, list[Node]]:
+def layers_of(graph: Graph, context: Context, p: AssignPrecision) -> dict[str, list[Node]]:
     """Contractions that can be quantized at all, by layer; a shared weight is one layer."""
     scratch = _scratch(context)
     QuantizeInt8().run(graph, scratch)

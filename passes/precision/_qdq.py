@@ -38,6 +38,13 @@ def quantize_weight(weight: Array, per_tensor: bool = False) -> tuple[Array, Arr
     return np.clip(q, -127, 127).astype(np.int8), scale
 
 
+def relative_error(weight: Array, codes: Array, scale: Array) -> float:
+    """Squared error of codes and scales by output (or one for all) over the squared sum of the weight."""
+    w = weight.astype(np.float64)
+    real = codes * scale.astype(np.float64).reshape(-1, *[1] * (w.ndim - 1))
+    return float(np.square(w - real).sum() / max(float(np.square(w).sum()), 1e-300))
+
+
 def codes_behind(graph: Graph, node: Node) -> Node | None:
     """The dequantize of constant integer codes that a contraction reads as its weight, or None."""
     source = graph.producers.get(node.inputs[1])
@@ -69,6 +76,8 @@ class Writer:
     """New 8-bit value, and new dequantized value, by old value."""
     back: dict[str, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
+    """Squared error over squared sum, by old weight."""
 
     def write(self) -> Graph:
         self.rw, self.ranges = Rewriter(self.graph), self.regions.groups()
@@ -129,6 +138,7 @@ class Writer:
             source, g = self.graph.producers[old], self.graph
             key = stem(source.op.ref) if isinstance(source.op, ops.Weight) else old
             q, scale = quantize_weight(g.constant(old), self.per_tensor)  # type: ignore[arg-type]
+            self.noise[old] = relative_error(g.constant(old), q, scale)  # type: ignore[arg-type]
             w = self.rw.weight(key, q, source.type.with_dtype(S8), name=key, origin=source.origin)
             s = self.rw.constant(scale, name=f"{key}.scale", origin=source.origin)
             back = ops.Dequantize(axis=None if self.per_tensor else 0)

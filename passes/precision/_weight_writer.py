@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from bitwright.ir import ops
@@ -53,6 +55,11 @@ def relative_change(weight: object, codes: Codes) -> float:
     return float(np.square(difference).sum() / max(float(np.square(w).sum()), 1e-300))
 
 
+def snr_db(change: float) -> float:
+    """Signal over noise in decibels, of a squared error relative to the signal; at most 300, for no error at all."""
+    return -10 * math.log10(max(change, 1e-30))
+
+
 def checked_width(bits: object, symmetric: bool, group: int, iterations: int, rounding: str) -> Width:
     """The width named by ``bits``; raises :class:`InvalidInput` for options that do not fit together."""
     text = str(bits)
@@ -85,4 +92,4 @@ def why_not_low(graph: Graph, n: Node, width: Width, symmetric: bool) -> tuple[s
     return ()
 
 
-__all__ = ["checked_width", "relative_change", "why_not_low", "write_codes"]
+__all__ = ["checked_width", "relative_change", "snr_db", "why_not_low", "write_codes"]

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
 from bitwright.passes._pass import Context, Pass
-from bitwright.passes.precision._assignment import Problem, apply_choice, report
+from bitwright.passes.precision._assignment import Problem, apply_choice, layers_of, report
 from bitwright.passes.precision._choices import Rounding
 
 
@@ -62,13 +62,15 @@ class AssignPrecision(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         if not context.calibration:
             raise InvalidInput("assign-precision needs calibration data to measure what each choice costs")
+        if recorded := context.facts.get("recorded-precision"):  # a compilation is repeated
+            plan = {x: recorded[x] for x in layers_of(graph, context, self) if x in recorded}
+            return apply_choice(graph, context, self, plan)
         problem = Problem.of(graph, context, self)
         if not problem.layers:
             context.refuse(self.name, "model", f"only={self.only} except={self.except_} selects no layer it could set")
             return graph
-        plan = problem.solve()
-        report(problem, plan, context, self)
-        context.facts["precision"] = {
-            layer: str(problem.choices[c]) for layer, c in zip(problem.layers, plan.choice, strict=True)
-        }
-        return apply_choice(graph, context, self, context.facts["precision"])
+        found = problem.solve()
+        report(problem, found, context, self)
+        plan = {layer: str(problem.choices[c]) for layer, c in zip(problem.layers, found.choice, strict=True)}
+        context.facts["precision"] = context.facts.get("precision", {}) | plan
+        return apply_choice(graph, context, self, plan)

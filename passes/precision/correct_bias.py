@@ -60,6 +60,7 @@ class CorrectBias(Pass):
 
     name: ClassVar[str] = "correct-bias"
     lossy: ClassVar[bool] = True
+    uses: ClassVar[tuple[str, ...]] = ("reference",)
     method: Literal["empirical", "analytic"] = "empirical"
     only: str = "*"
     except_: str = ""

@@ -15,6 +15,7 @@ from bitwright.passes._layers import layer_of, selected
 from bitwright.passes._pass import Context, Pass
 from bitwright.passes.precision._qdq import Writer, codes_behind, why_not_codes
 from bitwright.passes.precision._regions import Range, Regions
+from bitwright.passes.precision._weight_writer import snr_db
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,16 @@ class QuantizeInt8(Pass):
         narrow = {b: _finite(context.facts.get(f"ranges-{b}", {}), graph) for b in set(widths.values()) if b < 8}
         dtype = context.target.activation if context.target is not None else U8
         plan = Regions(graph, layers, ranges, widths, narrow).plan()
-        return Writer(graph, plan, dtype, self.granularity == "tensor").write()
+        writer = Writer(graph, plan, dtype, self.granularity == "tensor")
+        after = writer.write()
+        for x in layers:
+            n = graph.producers[x]
+            (low, high), _ = writer.ranges[n.inputs[0]]
+            noise = (
+                {"weight_snr_db": round(snr_db(writer.noise[n.inputs[1]]), 1)} if n.inputs[1] in writer.noise else {}
+            )
+            context.remark(self.name, layer_of(graph, n), low=low, high=high, **noise)
+        return after
 
     def _layers(self, graph: Graph, context: Context, ranges: dict[str, Range]) -> dict[str, tuple[str, ...]]:
         """Operands to quantize by contraction; refusals for the others."""

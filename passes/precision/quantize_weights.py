@@ -15,7 +15,7 @@ from bitwright.passes._layers import layer_of, selected
 from bitwright.passes._pass import Context, Pass
 from bitwright.passes.precision._integer_codes import Codes, Width, quantize_codes
 from bitwright.passes.precision._weight_codes import ROWS, Inputs, Method, groups_of, round_layer, with_result
-from bitwright.passes.precision._weight_writer import checked_width, relative_change, why_not_low, write_codes
+from bitwright.passes.precision._weight_writer import checked_width, relative_change, snr_db, why_not_low, write_codes
 from bitwright.passes.sparsity._frontier import walk
 from bitwright.passes.sparsity._inputs import need_calibration
 
@@ -126,4 +126,8 @@ class QuantizeWeights(Pass):
 
     def _remark(self, graph: Graph, n: Node, context: Context, codes: Codes, **errors: float) -> None:
         facts = {k: float(f"{v:.3g}") for k, v in errors.items()}
-        context.remark(self.name, layer_of(graph, n), format=str(codes.levels.dtype), rounding=self.rounding, **facts)
+        snr = snr_db(relative_change(graph.constant(n.inputs[1]), codes))
+        context.remark(
+            self.name, layer_of(graph, n), format=str(codes.levels.dtype), rounding=self.rounding, **facts,
+            weight_snr_db=round(snr, 1),
+        )  # fmt: skip

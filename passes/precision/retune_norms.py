@@ -70,6 +70,7 @@ class RetuneNorms(Pass):
 
     name: ClassVar[str] = "retune-norms"
     lossy: ClassVar[bool] = True
+    uses: ClassVar[tuple[str, ...]] = ("reference",)
     target: Literal["float", "norms"] = "float"
     eps: float = 1e-5
     only: str = "*"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from bitwright.codegen.cache import Cache
 from bitwright.codegen.cost import cost_of
 from bitwright.codegen.targets.machine import cpu_name
 from bitwright.comparison import results_of
-from bitwright.errors_by_layer import layer_errors
+from bitwright.errors_by_layer import Measured, measure_layers
 from bitwright.ir import ops
 from bitwright.ir.batch import why_not_separable
 from bitwright.ir.errors import InvalidInput, Problem, Unsupported
@@ -33,6 +32,7 @@ from bitwright.ir.text import show
 from bitwright.ir.types import symbols_of
 from bitwright.ir.work import macs
 from bitwright.passes._batches import LazyBatches
+from bitwright.passes._layers import stem
 from bitwright.passes._pass import Price
 from bitwright.pipeline import Lowered, lower
 from bitwright.runtime.artifact import Contents
@@ -75,7 +75,7 @@ def assemble(
         bound, target, rows=rows, row_inputs=row_bytes[:split], row_outputs=row_bytes[split:],
         cache=cache, workers=workers, progress=progress,
     )  # fmt: skip
-    errors = layer_errors(graph, done.quantized, calibration, done.context.calibration)
+    errors = measure_layers(graph, done.quantized, calibration, done.context.calibration)
     report = _report(graph, target, built, done, errors)
     report.notes += [*notes, *built.notes]
     report.figures = {
@@ -226,7 +226,7 @@ def _manifest(
     )  # fmt: skip
 
 
-def _report(graph: Graph, target: Target, built: Built, done: Lowered, errors: dict[str, float]) -> Report:
+def _report(graph: Graph, target: Target, built: Built, done: Lowered, errors: Measured) -> Report:
     passes, text = done.report, done.diffs
     rows = [
         PassRow(
@@ -243,7 +243,7 @@ def _report(graph: Graph, target: Target, built: Built, done: Lowered, errors: d
     seen = [Refusal(pass_name=r.pass_name, place=r.place, reason=r.reason, cure=r.cure) for r in passes.refusals]
     return Report(
         model=graph.name, target=target.name, layers=layers, passes=rows, refusals=seen, pipeline=passes.pipeline,
-        facts={k: v for k, v in done.context.facts.items() if k.startswith("ranges")},
+        facts={k: v for k, v in done.context.facts.items() if k.startswith(("ranges", "precision"))},
         machine={"cpu": cpu_name(), "isa": target.isa, "source": target.source},
         versions={"bitwright": __version__},
     )  # fmt: skip
@@ -261,7 +261,7 @@ def _layer(
     k: Kernel,
     graph: Graph,
     target: Target,
-    errors: dict[str, float],
+    measured: Measured,
     remarks: dict[str, list[tuple[str, dict[str, Any]]]],
 ) -> Layer:
     """The report row of one kernel."""
@@ -293,13 +293,18 @@ def _layer(
         array = graph.constant(outer) if outer is not None else None
         kept = density(array) if isinstance(array, np.ndarray) else None
         source = graph.producers.get(outer) if outer is not None else None
-        weight = re.sub(r"\.weight(\.\d+)?$", "", source.op.ref) if source and isinstance(source.op, ops.Weight) else ""
+        weight = stem(source.op.ref).removesuffix(".weight") if source and isinstance(source.op, ops.Weight) else ""
     told: list[tuple[str, dict[str, Any]]] = []
     for key in dict.fromkeys((weight, *(x for n in heads for x in (n.output, n.origin, *n.inputs)))):
         told += [r for r in remarks.get(key, []) if r not in told] if key else []
     figures = {f"{name}.{key}": float(v) for name, facts in told for key, v in facts.items() if _is_number(v)}
     notes += [f"{name}: " + ", ".join(f"{k} {_short(v)}" for k, v in facts.items()) for name, facts in told]
-    error = next((errors[p] for n in reversed(heads) for o in n.outputs for p in _names(o) if p in errors), None)
+    values = [p for n in reversed(heads) for o in n.outputs for p in _names(o)]
+    error = next((measured.errors[p] for p in values if p in measured.errors), None)
+    if error and root is not None and isinstance(root.op, ops.CONTRACTION):
+        figures["result.output_snr_db"] = -20 * math.log10(error)
+    if clipped := [measured.clipped[p] for p in values if p in measured.clipped]:
+        figures["result.saturation"] = clipped[0]
     return Layer(
         name=k.node.output, op=label, origin=origin, shape=k.node.type.shape, formats=formats, pattern=pattern,
         density=kept, kernel=k.template, reason=k.reason, bytes=cost.bytes, operations=cost.operations,

@@ -194,6 +194,9 @@ def verify(
     model: Model,
     input: Annotated[Path, typer.Option("--input", "-i", help=".npz with real inputs by name.")],
     bound: Annotated[float | None, typer.Option(min=0.0, help="Relative error a layer may have.")] = None,
+    drift: Annotated[
+        float | None, typer.Option(min=0.0, help="Find the first layer further than this from the model: 0.05 is 5 %.")
+    ] = None,
     calibrate: Calibration = None,
 ) -> None:
     """Compare a program with the reference, layer by layer; names the first bad one and exits with 1.
@@ -220,7 +223,10 @@ def verify(
     if result.bad_certificates:
         named = ", ".join(x.certificate.value for x in result.bad_certificates)
         cli_show.console().print(f"accumulator certificates that do not hold: {named}", markup=False)
-    if result.first_bad or result.bad_certificates:
+    drifted = None if drift is None else result.first_drifted(drift)
+    if drift is not None:
+        cli_show.console().print(cli_show.drift(drifted, drift, loaded.report), markup=False)
+    if result.first_bad or result.bad_certificates or drifted:
         raise typer.Exit(1)
 
 

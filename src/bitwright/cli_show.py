@@ -12,13 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from bitwright.ir.errors import InvalidInput, did_you_mean
+from bitwright.passes.registry import PASSES
 from bitwright.runtime import units
 from bitwright.runtime.html import formats_text, kept_text, rebuilt_text
 from bitwright.runtime.plots import FAMILIES, family, pass_text, title
 
 if TYPE_CHECKING:
     from bitwright.advice import Advice
-    from bitwright.comparison import Comparison
+    from bitwright.comparison import Comparison, Row
     from bitwright.runtime.program import Program
     from bitwright.runtime.report import Layer, Report
 
@@ -60,6 +61,8 @@ def layers(report: Report) -> Table:
         ("accumulator", [x.accumulator for x in rows]),
         (">magnitude kept", [kept_text(x) for x in rows]),
         (">layer error", [rebuilt_text(x) for x in rows]),
+        (">weight noise, clipped", [_noise(x) for x in rows]),
+        (">of loss", [units.percent(x.figure("loss_share")) for x in rows]),
         ("kernel", [x.kernel for x in rows]),
         (">bytes", [units.size(x.bytes) for x in rows]),
         (">predicted", [units.seconds(x.predicted_seconds) for x in rows]),
@@ -71,6 +74,13 @@ def layers(report: Report) -> Table:
     return table([h for h, _ in used], zip(*(cells for _, cells in used), strict=True), title="Layers")
 
 
+def _noise(x: Layer) -> str:
+    """``21 dB, 0.4 %``: signal over noise of the quantized weights; share of the activations that were clipped."""
+    snr, clipped = x.figure("weight_snr_db"), x.figure("saturation")
+    parts = ["" if snr is None else f"{snr:.0f} dB", units.percent(clipped) if clipped and clipped >= 5e-4 else ""]
+    return ", ".join(p for p in parts if p)
+
+
 def _short_pattern(pattern: str) -> str:
     """``2:4`` for ``nm<2:4, axis=1>``: the axis is always the reduction here."""
     return pattern.partition("<")[2].split(",")[0].rstrip(">") if pattern.startswith("nm<") else pattern
@@ -79,7 +89,7 @@ def _short_pattern(pattern: str) -> str:
 def reasons(report: Report) -> Table:
     """Why the layers are as they are: each distinct reason once, with the layers it holds for."""
     groups: dict[str, list[str]] = {}
-    remarks = tuple(f"{p.name}: " for p in report.passes)  # figures of one layer each: `--why LAYER` shows them
+    remarks = tuple(f"{name}: " for name in PASSES)  # figures of one layer each: `--why LAYER` shows them
     for x in report.layers:
         for text in (x.reason, *x.notes):
             if text and not text.startswith(remarks):
@@ -156,6 +166,10 @@ def layer_story(report: Report, layer: Layer) -> Table:
         ("mask", f"{layer.pattern}, {units.percent(layer.density)} kept" if layer.pattern else "none"),
         ("magnitude kept", kept_text(layer, long=True)),
         ("error of the masked layer", rebuilt_text(layer)),
+        ("range of what it reads", _range(layer)),
+        ("clipped of it", _clipped(layer)),
+        ("signal over noise", _signal(layer)),
+        ("share of the expected loss", units.percent(layer.figure("loss_share"))),
         ("accumulator", layer.accumulator),
         ("kernel", layer.kernel),
         ("why", layer.reason),
@@ -176,6 +190,32 @@ def layer_story(report: Report, layer: Layer) -> Table:
         if value and value != units.UNKNOWN:
             out.add_row(Text(name, "dim"), Text(value))
     return out
+
+
+def _range(x: Layer) -> str:
+    low, high = x.figure("low"), x.figure("high")
+    return "" if low is None or high is None else f"{low:.4g} to {high:.4g}, held as {x.formats.x}"
+
+
+def _clipped(x: Layer) -> str:
+    share = x.figure("saturation")
+    return "" if share is None else f"{100 * share:.2g} % of the values in the first calibration rows"
+
+
+def _signal(x: Layer) -> str:
+    found = (("weights", x.figure("weight_snr_db")), ("result", x.figure("output_snr_db")))
+    return ", ".join(f"{what} {value:.1f} dB" for what, value in found if value is not None)
+
+
+def drift(row: Row | None, bound: float, report: Report) -> str:
+    """Names the first layer that is too far from the model, and what was done to it."""
+    if row is None:
+        return f"no layer is further than {units.percent(bound)} from the model"
+    layer = next((x for x in report.layers if x.name == row.layer), None)
+    made = f" ({formats_text(layer.formats)}, {layer.pattern or 'no mask'})" if layer and layer.formats.x else ""
+    where = f", written at {row.origin}" if row.origin else ""
+    far = f"first layer further than {units.percent(bound)} from the model"
+    return f"{far}: {row.layer}{made}, {units.percent(row.drift)}{where}"
 
 
 def comparison(result: Comparison) -> Table:

@@ -56,6 +56,10 @@ class Comparison:
     def first_bad(self) -> str:
         return next((r.layer for r in self.rows if not r.ok), "")
 
+    def first_drifted(self, bound: float) -> Row | None:
+        """The first layer in execution order that is further than ``bound`` from the captured model; None: no layer."""
+        return next((r for r in self.rows if r.drift is not None and not r.drift <= bound), None)
+
     @property
     def bad_certificates(self) -> tuple[Checked, ...]:
         return tuple(c for c in self.certificates if not c.ok)
@@ -122,11 +126,12 @@ def _repeat(program: Program, graph: Graph, calibration: Sequence[Any]) -> Graph
     report = program.report
     target = resolve(report.target or "host", calibrate=False)
     passes = list(parse_passes(report.pipeline))
-    changing, missing = {r.name for r in report.passes if r.changed}, {f for p in passes for f in p.needs}
+    changing, missing = {r.name for r in report.passes if r.changed}, {f for p in passes for f in (*p.needs, *p.uses)}
     missing -= set(report.facts)
     # analyses are not repeated where what they found is recorded, or nobody asked for it
     passes = [p for p in passes if not p.establishes or p.name in changing or missing & set(p.establishes)]
-    facts = {k: {n: tuple(r) for n, r in v.items()} for k, v in report.facts.items()}
+    facts = {k: {n: r if isinstance(r, str) else tuple(r) for n, r in v.items()} for k, v in report.facts.items()}
+    facts["recorded-precision"] = facts.pop("precision", {})
     context = Context(target, calibration, facts=facts)
     lowered, _ = run_pipeline(graph, passes, context, crash_dir=None)
     rows = program.manifest.chunks[0]

@@ -20,6 +20,8 @@ _EFFICIENCY = 0.9
 _PACKING_MAY_COST = 0.03
 _FEW_ROWS = 2
 """With 16 registers, unpacking for more rows than this slows the kernel (benchmarks/lowbit.py)."""
+_SPARSE_UNPACKED = 0.95
+"""Speed of an N:M kernel of many rows that unpacks its weights, of one that reads bytes (the same)."""
 _SLOW = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish pow sin cos div rsqrt sqrt".split())
 _SLOW_STEPS = 12
 _GENERIC = 1.5e9
@@ -157,7 +159,9 @@ def _node_seconds(node: Node, body: Graph, target: Target, sparse: bool, low: Ma
             gain = max(1.0, target.sparse_gain(x.dtype, w.encoding))
             ideal = w.encoding.group / w.encoding.keep if gain > 1 else 1.0
         rows, bits = _reuse(node, body), low.get(node.inputs[1], 8)
-        reuse = min(1.0, (0.25 + rows / 16) * math.sqrt(8 / bits))
+        sparse_rows = gain > 1 and rows > _FEW_ROWS  # selecting and unpacking compete for the same units
+        lighter = 1.0 if sparse_rows else math.sqrt(8 / bits)
+        reuse = min(1.0, (0.25 + rows / 16) * lighter) * (_SPARSE_UNPACKED if sparse_rows and bits < 8 else 1.0)
         return 2 * count / (rate * _EFFICIENCY * gain * reuse), 2 * count / (rate * ideal)
     if isinstance(node.op, (ops.Weight, ops.Constant)):
         return 0.0, 0.0

@@ -10,7 +10,7 @@ from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node, Value, subgraph
 from bitwright.ir.infer import bind_graph
 from bitwright.ir.target import Target
-from bitwright.ir.types import NM, S8, S32
+from bitwright.ir.types import NM, S8, S32, DType
 from bitwright.ir.work import macs
 
 PATTERNS = ((2, 4), (4, 8), (2, 8), (2, 16))
@@ -78,8 +78,9 @@ def _variants(node: Node, body: Graph, target: Target) -> Iterator[tuple[str, Gr
             yield f"int8 {keep}:{group}", sparse
 
 
-def integer_form(node: Node, body: Graph, target: Target, encoding: NM | None) -> Graph | None:
-    """The body of a linear layer or convolution in integers, its weight with a pattern; None without such a kernel."""
+def integer_form(node: Node, body: Graph, target: Target, encoding: NM | None, bits: int = 8) -> Graph | None:
+    """The body of a linear layer or convolution in integers, its weight of ``bits`` bits (2 to 8) with a pattern; None
+    without such a kernel."""
     op = node.op
     if isinstance(op, ops.Linear):
         low: ops.Op = ops.IntLinear()
@@ -92,7 +93,7 @@ def integer_form(node: Node, body: Graph, target: Target, encoding: NM | None) -
     x, w = node.inputs[:2]
     inputs = (
         Value(x, body.types[x].with_dtype(target.activation)),
-        Value(w, body.types[w].with_dtype(S8).with_encoding(encoding)),
+        Value(w, body.types[w].with_dtype(DType("int", min(bits, 8))).with_encoding(encoding)),
     )
     node8 = Node(low, (x, w), node.outputs, (node.type.with_dtype(S32),))
     return Graph("body", inputs, (node8,), node.outputs, node.outputs, level="integer")

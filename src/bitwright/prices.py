@@ -49,7 +49,7 @@ class Prices:
     def _predicted(self, node: Node, graph: Graph, bits: int, pattern: NM | None) -> float:
         body, _ = subgraph(graph, [node], node.outputs)
         if bits < 32:
-            body = advice.integer_form(node, body, self.target, pattern) or body
+            body = advice.integer_form(node, body, self.target, pattern, bits) or body
         elif pattern is not None:
             body = advice.with_pattern(node, body, pattern)
         return cost_of(body, self.target).seconds

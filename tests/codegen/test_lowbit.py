@@ -23,6 +23,7 @@ from bitwright.ir.graph import Graph
 from bitwright.ir.interpret import evaluate, to_numpy
 from bitwright.ir.text import parse
 from bitwright.ir.types import NM, TensorType, parse_dtype, parse_type
+from bitwright.prices import Prices
 from tests.codegen.harness import runnable
 from tests.codegen.test_contract import execute, reference, sparsify
 
@@ -171,5 +172,19 @@ def test_prices() -> None:
     assert cost_of(body("s4", 1), target, packed=False) == one["s8"]
     assert packs(body("s4", 128), target)
     assert not packs(body("s8", 1), target)
+    assert [packs(body("s4", rows, "2:4"), target) for rows in (1, 128)] == [True, False]
+    assert [packs(body("s4", rows), BUILTIN["x86-avx2"]) for rows in (1, 128)] == [True, False]
     halves = [weight_bytes(body(d, 1, "2:4").inputs[1].type) for d in ("s8", "s4")]
     assert halves == [4096 * 2048 * 10 / 8, 4096 * 2048 * 6 / 8]
+
+
+def test_low_bit_layers_are_priced_as_they_are_stored() -> None:
+    """What the allocation of formats sees: fewer bits take less time where bytes count."""
+    graph = parse(
+        "graph @g (%x: f32[1, 4096], %w: f32[4096, 4096]) -> (y = %y) level=graph {\n"
+        "  %y = linear(%x, %w) : f32[1, 4096]\n"
+        "}"
+    )
+    prices = Prices(BUILTIN["x86-avx512-vnni"])
+    eight, four, two = (prices(graph, "y", bits, None, False)[0] for bits in (8, 4, 2))
+    assert eight > 1.5 * four > 1.5 * two

@@ -114,6 +114,16 @@ def test_onnxruntime_fuses_quantized_layers(name: str, kernels: dict[str, int], 
         assert found["DequantizeLinear"] == 0
 
 
+def test_integer_kernels_with_an_open_batch(tmp_path: Path) -> None:
+    module, example = zoo.ZOO["bert_base"]("tiny")
+    graph, _ = bw.optimize(bw.capture(module, example, dynamic_batch=True), CANONICAL)
+    graph, _ = bw.optimize(graph, INT8, calibration=[tuple(to_numpy(x) for x in example)])
+    inputs = [to_numpy(x).repeat(3, 0) for x in example]
+    (have,) = run(to_onnx(graph), inputs, tmp_path / "o.onnx")
+    assert gap(have, to_numpy(evaluate(graph, inputs)[0])) < 0.01
+    assert operators(tmp_path / "o.onnx")["MatMulIntegerToFloat"] == 12
+
+
 @pytest.mark.parametrize(
     "bits",
     ["8", "7", "5", "4", "3", "2", "ternary", "bipolar", "4, symmetric=false", "4, group=32", "8, group=64",

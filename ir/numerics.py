@@ -68,13 +68,14 @@ def type_bound(
 
 
 def kept_terms(terms: int, pattern: NM) -> int:
-    """The most non-zero terms that an N:M pattern along the reduction allows; the last group may be shorter.
+    """The most non-zero terms that an N:M pattern along the reduction allows; a shorter last group keeps its share.
 
-    >>> kept_terms(18, NM(2, 4, 1)), kept_terms(17, NM(2, 4, 1))
+    >>> kept_terms(19, NM(2, 4, 1)), kept_terms(18, NM(2, 4, 1))
     (10, 9)
     """
     groups, tail = divmod(_whole("terms", terms), pattern.group * pattern.block)
-    return pattern.keep * pattern.block * groups + min(tail, pattern.keep * pattern.block)
+    share = -(-pattern.keep * -(-tail // pattern.block) // pattern.group)
+    return pattern.keep * pattern.block * groups + min(tail, share * pattern.block)
 
 
 def accumulator_range(

@@ -23,6 +23,10 @@ from bitwright.passes import Context, parse_passes, run_pipeline
 NAMES = ("onnx::Conv_1", "onnx::Conv_2", "onnx::Conv_3", "head.weight")
 
 
+def conv(x: str, weight: str, y: str) -> onnx.NodeProto:
+    return helper.make_node("Conv", [x, weight], [y], pads=[1, 1, 1, 1], kernel_shape=[3, 3])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small residual network whose weights are called as torch's exporter calls folded ones, and real inputs."""
@@ -32,19 +36,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         numpy_helper.from_array((rng.standard_normal(s) / math.sqrt(math.prod(s[1:]))).astype(np.float32), n)
         for n, s in zip(NAMES, shapes, strict=True)
     ]
-    pads = {"pads": [1, 1, 1, 1], "kernel_shape": [3, 3]}
     nodes = [
-        helper.make_node("Conv", ["x", NAMES[0]], ["a"], **pads), helper.make_node("Relu", ["a"], ["ra"]),
-        helper.make_node("Conv", ["ra", NAMES[1]], ["b"], **pads), helper.make_node("Relu", ["b"], ["rb"]),
-        helper.make_node("Conv", ["rb", NAMES[2]], ["c"], **pads), helper.make_node("Add", ["ra", "c"], ["s"]),
+        conv("x", NAMES[0], "a"), helper.make_node("Relu", ["a"], ["ra"]),
+        conv("ra", NAMES[1], "b"), helper.make_node("Relu", ["b"], ["rb"]),
+        conv("rb", NAMES[2], "c"), helper.make_node("Add", ["ra", "c"], ["s"]),
         helper.make_node("Relu", ["s"], ["rs"]), helper.make_node("GlobalAveragePool", ["rs"], ["m"]),
         helper.make_node("Flatten", ["m"], ["f"]), helper.make_node("Gemm", ["f", NAMES[3]], ["y"], transB=1),
     ]  # fmt: skip
-    ends = [
-        [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s)]
-        for n, s in (("x", ["n", 3, 8, 8]), ("y", ["n", 6]))
-    ]
-    graph = helper.make_graph(nodes, "net", *ends, weights)
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 8, 8])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 6])
+    graph = helper.make_graph(nodes, "net", [x], [y], weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), to / "net.onnx")
     np.savez(to / "data.npz", x=rng.standard_normal((16, 3, 8, 8)).astype(np.float32))
     np.savez(to / "one.npz", x=rng.standard_normal((1, 3, 8, 8)).astype(np.float32))

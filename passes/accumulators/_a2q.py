@@ -50,11 +50,18 @@ class Inputs:
 @dataclass(frozen=True)
 class Limit:
     """What each tile of each row must obey: sum of magnitudes (``halves`` False), or each sign's sum, within
-    ``radius``. ``tile``: terms of one inner sum, 0 for all."""
+    ``radius``. ``tile``: terms of one inner sum, 0 for all. ``lo`` and ``hi``: ends of the codes."""
 
     radius: float
     halves: bool
     tile: int = 0
+    lo: int = -127
+    hi: int = 127
+
+    def toward_zero(self, rows: Array) -> Array:
+        """Projected rows as codes: centring may have brought them past the end of their format."""
+        out: Array = np.trunc(rows).clip(self.lo, self.hi)
+        return out
 
 
 def limit_of(bits: int, x: Inputs, method: str, tile: int = 0) -> Limit:
@@ -152,7 +159,7 @@ def fit(
         shrink = Shrink(_centred(codes[s], kept[s]) if centre else codes[s], limit)
         weight = 1.0 if importance is None else importance[s]
         for i, f in enumerate(factors):
-            q = np.trunc(shrink.project(np.full(len(codes[s]), f)))
+            q = limit.toward_zero(shrink.project(np.full(len(codes[s]), f)))
             sums[:, i, s] = (weight * q * codes[s]).sum(1), (weight * q * q).sum(1)
     if shared:
         sums = np.broadcast_to(sums.sum(2, keepdims=True), sums.shape)
@@ -164,7 +171,7 @@ def fit(
     divisor, parts = factors[best], []
     for s in slabs:
         shrink = Shrink(_centred(codes[s], kept[s]) if centre else codes[s], limit)
-        parts.append(np.trunc(shrink.project(divisor[s])))
+        parts.append(limit.toward_zero(shrink.project(divisor[s])))
     return Fit(np.concatenate(parts).astype(np.int64), divisor, np.take_along_axis(times, best[None], 0)[0])
 
 

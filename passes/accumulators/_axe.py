@@ -34,7 +34,7 @@ class Budget:
         cuts = flat.spread(flat.thresholds(np.full(len(flat.rows), limit.radius)))
         self.up, self.down = (torch.from_numpy(c.copy()).reshape(rows.shape) for c in cuts)
         self.tile, self.radius = limit.tile or rows.shape[-1], float(int(limit.radius))
-        self.left = torch.empty(0)
+        self.left, self.ends = torch.empty(0), (limit.lo, limit.hi)
 
     def take(self, k: int, v: torch.Tensor) -> torch.Tensor:
         """The integers nearest to v [groups, outputs], shrunk, that the budgets of column k's tile still allow."""
@@ -44,7 +44,7 @@ class Budget:
             self.left = torch.full((2, *v.shape), self.radius, dtype=v.dtype)
         up, down = self.up[..., k], self.down[..., k]
         shrunk = torch.where(v > 0, (v - up).clamp(min=0), (v + down).clamp(max=0))
-        q = torch.round(shrunk).clamp(-127, 127)
+        q = torch.round(shrunk).clamp(*self.ends)
         q = torch.minimum(torch.maximum(q, -self.left[1]), self.left[0])
         self.left[0] -= q.clamp(min=0)
         self.left[1] -= (-q).clamp(min=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from bitwright.ir import ops
 from bitwright.ir.build import Rewriter, rewrite
 from bitwright.ir.graph import Graph, Node
-from bitwright.ir.types import F32, TensorType
+from bitwright.ir.types import BIPOLAR, F32, TensorType
 from bitwright.ir.weights import Array
 from bitwright.passes._layers import layer_of, stem
 from bitwright.passes.accumulators._a2q import FACTORS, Inputs, Limit, coarsest, fit, inner_bits, limit_of, tiled
@@ -70,6 +70,8 @@ class Layer:
     """Of every reader."""
     encoded: bool
     """The weight has a mask: its zeros stay."""
+    ends: tuple[int, int]
+    """Of the codes: those of the weight's format, the lowest only where the weight has it already."""
     seen: Moments = field(default_factory=lambda: Moments(1))
     done: Array | None = None
     new_scale: Array | None = None
@@ -110,8 +112,15 @@ def layer_at(graph: Graph, node: Node) -> Layer | str:
     t, shape = graph.types[back.inputs[0]].dtype, graph.types[back.inputs[0]].static_shape
     scale = np.asarray(graph.constant(back.inputs[1]), np.float64).reshape(-1)
     zeros = graph.constant(back.inputs[2]) if len(back.inputs) > 2 else 0
-    if t.bits > 8 or t.lo >= 0 or np.any(np.asarray(zeros)) or scale.size not in (1, shape[0]) or back.op.group:
-        return f"its weight is {t} with scales or zero points that are not one for each output"
+    if (
+        t.bits > 8
+        or t.lo >= 0
+        or t == BIPOLAR
+        or np.any(np.asarray(zeros))
+        or scale.size not in (1, shape[0])
+        or back.op.group
+    ):
+        return f"its weight is {t} without a zero, or with scales or zero points that are not one for each output"
     if scale.size > 1 and back.op.axis not in (0, -len(shape)):
         return f"its weight has scales along axis {back.op.axis}, not along the outputs"
     found = scalar_quantization(graph, x) if x is not None and isinstance(x.op, ops.Dequantize) else None
@@ -121,7 +130,8 @@ def layer_at(graph: Graph, node: Node) -> Layer | str:
     dtype = graph.types[x.inputs[0]].dtype
     codes: Array = np.asarray(graph.constant(back.inputs[0])).astype(np.int64)
     inputs, encoded = Inputs(dtype.lo, dtype.hi, found[1]), graph.types[back.inputs[0]].encoding is not None
-    made = Layer(layer_of(graph, node), [node], back, codes, scale, [inputs], encoded)
+    ends = min(-t.hi, int(codes.min(initial=0))), t.hi
+    made = Layer(layer_of(graph, node), [node], back, codes, scale, [inputs], encoded, ends)
     made.seen = Moments(made.groups)
     return made
 
@@ -129,6 +139,7 @@ def layer_at(graph: Graph, node: Node) -> Layer | str:
 def solve(layer: Layer, options: Options) -> str:
     """Fill in ``done``, ``new_scale``, ``shift`` and the facts; returns why it cannot be, or the empty string."""
     limit = min((limit_of(options.bits, x, options.method, options.tile) for x in layer.inputs), key=lambda m: m.radius)
+    limit = replace(limit, lo=layer.ends[0], hi=layer.ends[1])
     if limit.radius < 1:
         x = max(layer.inputs, key=lambda x: x.spread)
         least = next(b for b in range(2, 65) if limit_of(b, x, options.method).radius >= 1)

@@ -53,7 +53,7 @@ class A2QWeight(nn.Module):
         w = weight.detach().double().cpu().reshape(len(weight), -1).numpy()
         unit = np.maximum(np.abs(w).max(1, initial=0.0), 1e-12) / self.top
         kept = self.kept.cpu().reshape(w.shape).numpy()
-        limit = Limit(self.cap / 2, halves=True)
+        limit = Limit(self.cap / 2, halves=True, lo=-self.top, hi=self.top)
         found = fit(np.where(kept, w, 0.0) / unit[:, None], kept, limit, FACTORS, centre=True, refit=False)
         scale = unit * found.divisor
         centred = self._centred(torch.from_numpy(w).reshape(self.kept.shape), self.kept.cpu()).reshape(w.shape).numpy()

@@ -185,6 +185,53 @@ def test_masks_and_single_scales_survive() -> None:
     assert np.corrcoef(y.ravel(), want.ravel())[0, 1] > 0.8
 
 
+NARROW = """
+    graph @g (%q: u4[1, 16]) -> (y = %y) level=graph {
+      %s = constant {values=[0.5]} : f32[]
+      %z = constant {values=[3]} : u4[]
+      %w = weight {ref="fc.weight"} : KIND[3, 16]
+      %t = constant {values=[0.25, 0.5, 0.125]} : f32[3]
+      %x = dequantize(%q, %s, %z) : f32[1, 16]
+      %wd = dequantize(%w, %t) {axis=0} : f32[3, 16]
+      %y = linear(%x, %wd) : f32[1, 3]
+    }
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("kind", "top", "bits"), [("s4", 7, 11), ("s3", 3, 10), ("ternary", 1, 8)])
+def test_codes_stay_in_narrow_formats_and_bounds_are_those_of_the_inputs(
+    read: Read, kind: str, top: int, bits: int, method: str
+) -> None:
+    """Centring and error compensation both push codes outwards; u4 inputs move a register by 15 at most."""
+    codes = np.array([[top] * 4 + [-top] * 12, [-top] * 16, [1] + [0] * 15], np.int8)
+    graph = read(NARROW.replace("KIND", kind), {"fc.weight": codes})
+    alike = np.minimum(np.arange(40)[:, None] % 9 + np.arange(16) % 2, 15).astype(np.uint8)
+    context = Context(calibration=[(row[None],) for row in alike])
+    done = ConstrainWeights(bits=bits, method=method).run(graph, context)  # type: ignore[arg-type]
+    verify(done)
+    made = next(w.array for k, w in done.weights.items() if k != "fc.weight").astype(int)
+    assert np.abs(made).max() <= top
+    assert made.any()
+    assert made[2].tolist() == codes[2].tolist()
+    half = (1 << (bits - 1)) - 1
+    for row in made:
+        up, down = row[row > 0].sum(), -row[row < 0].sum()
+        for high, low, start in ((12, -3, 0), (15, 0, 0), (15, 0, -3 * (up - down))):
+            assert start + high * up - low * down <= half
+            assert start + low * up - high * down >= -half - 1
+    facts = context.remarks[-1][2]
+    assert facts["cap"] >= (half / 16 if method == "a2q" else 2 * half / 18) - 1e-3
+    assert facts["changed_rows"] >= 1
+
+
+def test_bipolar_weights_are_refused(read: Read) -> None:
+    codes = np.where(np.arange(48).reshape(3, 16) % 3 == 0, -1, 1).astype(np.int8)
+    context, graph = Context(), read(NARROW.replace("KIND", "bipolar"), {"fc.weight": codes})
+    assert not ConstrainWeights(bits=8).run(graph, context).changed_from(graph)
+    assert "without a zero" in context.refusals[0].reason
+
+
 def test_weights_with_two_readers_change_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -199,16 +199,17 @@ NARROW = """
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scales", ["search", "keep"])
 @pytest.mark.parametrize(("kind", "top", "bits"), [("s4", 7, 11), ("s3", 3, 10), ("ternary", 1, 8)])
 def test_codes_stay_in_narrow_formats_and_bounds_are_those_of_the_inputs(
-    read: Read, kind: str, top: int, bits: int, method: str
+    read: Read, kind: str, top: int, bits: int, method: str, scales: str
 ) -> None:
     """Centring and error compensation both push codes outwards; u4 inputs move a register by 15 at most."""
-    codes = np.array([[top] * 4 + [-top] * 12, [-top] * 16, [1] + [0] * 15], np.int8)
+    codes = np.array([[top] * 4 + [-top] * 9 + [1 - top] * 3, [-top] * 16, [1] + [0] * 15], np.int8)
     graph = read(NARROW.replace("KIND", kind), {"fc.weight": codes})
     alike = np.minimum(np.arange(40)[:, None] % 9 + np.arange(16) % 2, 15).astype(np.uint8)
     context = Context(calibration=[(row[None],) for row in alike])
-    done = ConstrainWeights(bits=bits, method=method).run(graph, context)  # type: ignore[arg-type]
+    done = ConstrainWeights(bits=bits, method=method, scales=scales).run(graph, context)  # type: ignore[arg-type]
     verify(done)
     made = next(w.array for k, w in done.weights.items() if k != "fc.weight").astype(int)
     assert np.abs(made).max() <= top

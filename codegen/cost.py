@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node, Value
@@ -16,12 +17,16 @@ from bitwright.ir.target import Target
 from bitwright.ir.types import F32, NM, DType, TensorType
 from bitwright.ir.work import macs
 
+Unpacking = Literal["registers", "panel", "bytes"]
+"""Weights below 8 bits: unpacked for every tile, once for the tiles of a task, or stored in bytes."""
 _EFFICIENCY = 0.9
-_PACKING_MAY_COST = 0.03
-_FEW_ROWS = 2
-"""With 16 registers, unpacking for more rows than this slows the kernel (benchmarks/lowbit.py)."""
-_SPARSE_UNPACKED = 0.95
-"""Speed of an N:M kernel of many rows that unpacks its weights, of one that reads bytes (the same)."""
+_PACKING_MAY_COST = 1.03
+_FEW_ROWS = {"avx-vnni": 2, "avx2": 1, "portable": 1}
+"""Rows at which unpacking in registers is hidden by the loads; with 32 registers (AVX-512) it always is."""
+_SPARSE_UNPACKED = 0.93
+"""Speed of an N:M kernel of many rows that unpacks its weights, of one that reads bytes (benchmarks/lowbit.py)."""
+_UNPACKED_L1, _UNPACKED_L2 = 6, 2
+"""Weights unpacked per vector operation of 32 bits, into a panel that fits the first-level cache and into others."""
 _SLOW = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish pow sin cos div rsqrt sqrt".split())
 _SLOW_STEPS = 12
 _GENERIC = 1.5e9
@@ -75,17 +80,16 @@ def weight_bytes(t: TensorType, isa: str = "avx512-vnni", packed: bool = True) -
     return kept * (bits + index_bits) / 8
 
 
-def packs(body: Graph, target: Target) -> bool:
-    """Whether weights below 8 bits are stored packed and unpacked in the kernel.
+def unpacking(body: Graph, target: Target) -> Unpacking:
+    """Where the kernel unpacks weights below 8 bits, or that they take a byte each.
 
-    They are what was asked for, so it may cost :data:`_PACKING_MAY_COST` of the time that a byte for each would take.
+    Packed weights are what was asked for, so they may cost 3 % of the time that bytes would take.
     """
     if all(b == 8 for b in _low_bits(body).values()):
-        return False
-    if target.isa != "avx512-vnni" and any(_reuse(n, body) > _FEW_ROWS for n in body.nodes if macs(n, body)):
-        return False
-    packed, bytes_ = (cost_of(body, target, packed=p).seconds for p in (True, False))
-    return packed <= (1 + _PACKING_MAY_COST) * bytes_
+        return "bytes"
+    seconds = {form: cost_of(body, target, packed=form).seconds for form in get_args(Unpacking)}
+    best: Unpacking = "panel" if seconds["panel"] < seconds["registers"] else "registers"
+    return best if seconds[best] <= _PACKING_MAY_COST * seconds["bytes"] else "bytes"
 
 
 def _low_bits(body: Graph) -> dict[str, int]:
@@ -100,21 +104,24 @@ def _low_bits(body: Graph) -> dict[str, int]:
 
 
 def cost_of(
-    body: Graph, target: Target, *, generic: bool = False, sparse: bool = True, packed: bool | None = None
+    body: Graph, target: Target, *, generic: bool = False, sparse: bool = True, packed: Unpacking | None = None
 ) -> Cost:
     """The cost of one region on one core; ``sparse`` False prices N:M weights as dense ones.
 
-    ``packed``: whether weights below 8 bits are unpacked in the kernel (None: as :func:`packs` decides).
+    ``packed``: where weights below 8 bits are unpacked (None: as :func:`unpacking` decides).
     """
     if packed is None:
-        packed = not generic and packs(body, target)
+        packed = "bytes" if generic else unpacking(body, target)
     operations = 2 * sum(macs(n, body) for n in body.nodes)
-    low = _low_bits(body) if packed else {}
+    low = {} if packed == "bytes" else _low_bits(body)
     nbytes = sum(_touched(v, body, target, sparse, low) for v in body.inputs)
     nbytes += sum(_plain_bytes(body.types[o]) for o in body.outputs)
     arithmetic, limit = 0.0, 0.0
     for node in body.nodes:
-        seconds, floor = _node_seconds(node, body, target, sparse, low)
+        seconds, floor = _node_seconds(node, body, target, sparse)
+        if low.get(node.inputs[1] if len(node.inputs) > 1 else "", 8) < 8:
+            faster, more = _unpacking_seconds(node, body, target, packed)
+            seconds = seconds / faster + more
         arithmetic += seconds if not generic else max(seconds, _work(node, body) / _GENERIC)
         limit += floor
     bandwidth = target.cache_bandwidth if nbytes < target.l3_bytes // 2 else target.memory_bandwidth
@@ -142,7 +149,23 @@ def _work(node: Node, body: Graph) -> int:
     return max(macs(node, body), node.type.size, *(body.types[x].size for x in node.inputs), 0)
 
 
-def _node_seconds(node: Node, body: Graph, target: Target, sparse: bool, low: Mapping[str, int]) -> tuple[float, float]:
+def _unpacking_seconds(node: Node, body: Graph, target: Target, form: Unpacking) -> tuple[float, float]:
+    """How much faster products become because their weights are fewer bytes, and the seconds of unpacking them."""
+    w = body.types[node.inputs[1]]
+    rows, depth = node.type.size / int(w.shape[0]), w.size / int(w.shape[0])
+    few = rows <= _FEW_ROWS.get(target.isa, 2)
+    if isinstance(w.encoding, NM) and not few:
+        return _SPARSE_UNPACKED, 0.0
+    if form == "panel":
+        near = target.vector_bits // 8 * depth <= target.l1_bytes
+        return 1.0, w.size / (target.vector_ops_per_second * (_UNPACKED_L1 if near else _UNPACKED_L2))
+    if few or target.isa == "avx512-vnni":
+        full = min(1.0, 0.25 + _reuse(node, body) / 16)
+        return min(1.0 / full, math.sqrt(8 / stored_bits(w.dtype))), 0.0
+    return 1.0, w.size * rows / 2 / (target.vector_ops_per_second * _UNPACKED_L1)  # again for every two rows
+
+
+def _node_seconds(node: Node, body: Graph, target: Target, sparse: bool) -> tuple[float, float]:
     """Expected seconds of one node's arithmetic, and the seconds at the target's peak."""
     count = macs(node, body)
     if count:
@@ -158,10 +181,7 @@ def _node_seconds(node: Node, body: Graph, target: Target, sparse: bool, low: Ma
         if isinstance(w.encoding, NM) and sparse:
             gain = max(1.0, target.sparse_gain(x.dtype, w.encoding))
             ideal = w.encoding.group / w.encoding.keep if gain > 1 else 1.0
-        rows, bits = _reuse(node, body), low.get(node.inputs[1], 8)
-        sparse_rows = gain > 1 and rows > _FEW_ROWS  # selecting and unpacking compete for the same units
-        lighter = 1.0 if sparse_rows else math.sqrt(8 / bits)
-        reuse = min(1.0, (0.25 + rows / 16) * lighter) * (_SPARSE_UNPACKED if sparse_rows and bits < 8 else 1.0)
+        reuse = min(1.0, 0.25 + _reuse(node, body) / 16)
         return 2 * count / (rate * _EFFICIENCY * gain * reuse), 2 * count / (rate * ideal)
     if isinstance(node.op, (ops.Weight, ops.Constant)):
         return 0.0, 0.0

@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from bitwright.codegen.cost import packs, stored_bits
+from bitwright.codegen.cost import stored_bits, unpacking
 from bitwright.codegen.tvm import contract
 from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, Element, Knobs, Matrix
 from bitwright.codegen.tvm.epilogue import PointwiseEpilogue
@@ -74,9 +74,15 @@ class Contract(Template):
             return Refused(f"epilogue: {why}")
         narrow = getattr(root.op, "partial", None) == S16
         declared = body.types[root.inputs[1]].dtype
-        bits = stored_bits(declared) if spec.element == "u8s8" and packs(body, target) else 8
-        knobs = contract.knobs(spec, isa, weight, narrow=narrow, bits=bits)
-        reason += f"; {bits}-bit weights unpacked in the kernel" if knobs.bits < 8 else _as_bytes(declared, knobs, spec)
+        form = unpacking(body, target) if spec.element == "u8s8" else "bytes"
+        bits = 8 if form == "bytes" else stored_bits(declared)
+        knobs = contract.knobs(spec, isa, weight, narrow=narrow, bits=bits, panel=form == "panel")
+        again = ", once for all rows of a task" if knobs.panel else ""
+        reason += (
+            f"; {bits}-bit weights unpacked in the kernel{again}"
+            if knobs.bits < 8
+            else _as_bytes(declared, knobs, spec)
+        )
         reason += _sums(spec, knobs, isa) if narrow else ""
         tasks, scratch, packed = _extent(spec, knobs)
         x, w = position[root.inputs[0]], position[root.inputs[1]]

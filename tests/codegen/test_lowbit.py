@@ -11,7 +11,7 @@ import pytest
 
 import bitwright as bw
 from bitwright import certificates
-from bitwright.codegen.cost import cost_of, packs, stored_bits, weight_bytes
+from bitwright.codegen.cost import cost_of, stored_bits, unpacking, weight_bytes
 from bitwright.codegen.targets import BUILTIN
 from bitwright.codegen.tvm import contract
 from bitwright.codegen.tvm.contract import ContractSpec, Conv, Knobs, Matrix, StoreAcc
@@ -72,9 +72,11 @@ def test_exact(isa: Isa, name: str, bits: int, extreme: bool, tmp_path: Path) ->
         pytest.skip(f"this machine has no {isa}")
     spec = SPECS[name]
     weight = codes(spec, bits, extreme)
-    knobs = contract.knobs(spec, isa, weight, narrow=isa == "avx2", bits=bits)
-    assert knobs.bits == bits
-    computed(spec, knobs, weight, extreme, tmp_path)
+    for panel in (False, True):
+        knobs = contract.knobs(spec, isa, weight, narrow=isa == "avx2", bits=bits, panel=panel)
+        assert (knobs.bits, knobs.panel) == (bits, panel)
+        (folder := tmp_path / str(panel)).mkdir()
+        computed(spec, knobs, weight, extreme, folder)
 
 
 @pytest.mark.parametrize("bits", [4, 2])
@@ -142,6 +144,16 @@ def test_program_takes_the_bytes_it_should(dtype: str, bits: int, target: str) -
     assert 0 <= spare <= 96 * 4 + 2 * 64  # start values of the sums, and room behind the last array
 
 
+def test_many_rows_share_a_panel_that_is_unpacked_once() -> None:
+    graph, x = layer("s4", 96, (256, 512))
+    program = bw.compile(graph, target="x86-avx2")
+    (row,) = program.report.layers
+    np.testing.assert_array_equal(program(x), to_numpy(evaluate(graph, [x])[0]))
+    assert [c.fault for c in certificates.check(program.contents)] == [""]
+    assert "4-bit weights unpacked in the kernel, once for all rows of a task; s16 sums" in row.reason
+    assert program.manifest.weights_bytes < 256 * 512 // 2 + 256 * 4 + 2 * 64
+
+
 def test_a_tampered_weight_breaks_its_certificate() -> None:
     graph, _ = layer("s4", 1)
     contents = bw.compile(graph, target="x86-avx512-vnni").contents
@@ -169,11 +181,12 @@ def test_prices() -> None:
     small = 4096 * 5
     assert [c.bytes - small for c in one.values()] == [1 << 24, 1 << 23, 1 << 22]
     assert one["s8"].seconds > 1.5 * one["s4"].seconds > 1.5 * one["ternary"].seconds
-    assert cost_of(body("s4", 1), target, packed=False) == one["s8"]
-    assert packs(body("s4", 128), target)
-    assert not packs(body("s8", 1), target)
-    assert [packs(body("s4", rows, "2:4"), target) for rows in (1, 128)] == [True, False]
-    assert [packs(body("s4", rows), BUILTIN["x86-avx2"]) for rows in (1, 128)] == [True, False]
+    assert cost_of(body("s4", 1), target, packed="bytes") == one["s8"]
+    assert [unpacking(body("s4", rows), target) for rows in (1, 128)] == ["registers", "registers"]
+    assert unpacking(body("s8", 1), target) == "bytes"
+    assert [unpacking(body("s4", rows, "2:4"), target) for rows in (1, 128)] == ["registers", "bytes"]
+    avx2 = [unpacking(body("s4", rows), BUILTIN["x86-avx2"]) for rows in (1, 8, 512)]
+    assert avx2 == ["registers", "bytes", "panel"]
     halves = [weight_bytes(body(d, 1, "2:4").inputs[1].type) for d in ("s8", "s4")]
     assert halves == [4096 * 2048 * 10 / 8, 4096 * 2048 * 6 / 8]
 

@@ -68,7 +68,7 @@ def pack(
         arrays = pack_depthwise(spec, knobs, np.asarray(weight, spec.weight_dtype.numpy))
     else:
         made = contraction(spec, knobs)
-        arrays = pack_weights(spec, made.plan, made.layout, weight, mask)
+        arrays = pack_weights(spec, made.stored, made.layout, weight, mask)
     if spec.init != (init is not None):
         raise InvalidInput("initial accumulators and spec.init do not agree")
     if init is not None:
@@ -82,7 +82,7 @@ def unpack(spec: ContractSpec, knobs: Knobs, arrays: list[Array]) -> tuple[Array
     if is_depthwise(spec):
         return unpack_depthwise(spec, knobs, arrays)
     made = contraction(spec, knobs)
-    return unpack_weights(spec, made.plan, made.layout, arrays)
+    return unpack_weights(spec, made.stored, made.layout, arrays)
 
 
 def emit(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str) -> KernelFunc:

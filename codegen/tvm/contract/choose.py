@@ -39,7 +39,7 @@ _ROWS_512 = {1: (4,), 2: (8, 7, 6), 3: (5, 4), 4: (4,)}
 PREFETCH_BYTES = 768 * 1024
 """Weights larger than this do not stay in the second-level cache."""
 REPACK_ROWS = 64
-"""Rows that pay for packing a panel of a run-time operand once more."""
+"""Rows that pay for packing a panel of a run-time operand, or unpacking one of low-bit weights, once more."""
 COMPACT_ROWS = 2
 """Up to so many rows a kernel only streams weights: then bytes count more than instructions."""
 
@@ -104,31 +104,39 @@ def _safe_steps(spec: ContractSpec, weight: NDArray[Any], most: int) -> int:
 def contraction_plan(spec: ContractSpec, knobs: Knobs) -> Plan:
     """The order of the products under these knobs; raises :class:`InvalidInput` when the pattern has none."""
     engine = engine_of(spec, knobs)
-    plan = plan_of(spec, engine.quad, engine.selector, knobs.fields)
+    plan = plan_of(spec, engine.quad, engine.selector, 8 // knobs.register_bits)
     if isinstance(plan, str):
         raise InvalidInput(plan)
     return plan
 
 
 def default_knobs(
-    spec: ContractSpec, isa: Isa, weight: NDArray[Any] | None = None, *, narrow: bool = False, bits: int = 8
+    spec: ContractSpec,
+    isa: Isa,
+    weight: NDArray[Any] | None = None,
+    *,
+    narrow: bool = False,
+    bits: int = 8,
+    panel: bool = False,
 ) -> Knobs:
     """The register tile to start from.
 
     ``weight`` lets AVX2 use pmaddubsw where that is proven exact; ``narrow`` lets it keep sums in 16 bits for as long
-    as they are proven to fit. ``bits``: what a packed weight shall take (8 where no kernel unpacks fewer).
+    as they are proven to fit. ``bits``: what a packed weight shall take (8 where no kernel unpacks fewer),
+    in registers or by ``panel``.
     """
     steps, most = 0, spec.depth if narrow else 1
     if isa == "avx2" and spec.element == "u8s8" and weight is not None:
         steps = _safe_steps(spec, weight, most)
     compact, spill, safe = spec.rows <= COMPACT_ROWS, 0, steps > 0
-    bits = 8 if refusal(spec, Knobs(isa, 1, 1, safe_pairs=safe, bits=bits)) else bits
+    bits = 8 if refusal(spec, Knobs(isa, 1, 1, safe_pairs=safe, bits=bits, panel=panel)) else bits
+    panel = panel and bits < 8
     if is_depthwise(spec) and isinstance(spec.geometry, Conv):
         quad = engine_of(spec, Knobs(isa, 1, 1)).quad
         return Knobs(isa, 2 if quad == 1 else 4, height_of(spec.geometry, quad), safe_pairs=safe)
     rows, vectors = _SAFE_PAIRS_TILE if safe else _TILES[spec.element, isa][1 if spec.pattern else 0]
     if narrow and safe:
-        plan = contraction_plan(spec, Knobs(isa, 1, 1, safe_pairs=True, compact=compact, bits=bits))
+        plan = contraction_plan(spec, Knobs(isa, 1, 1, safe_pairs=True, compact=compact, bits=bits, panel=panel))
         spill = spill_of(plan, steps)
         if spill and spill * len(plan.block.steps) < UNROLLED:
             rows, vectors = _SHORT_SUMS_TILE
@@ -142,8 +150,10 @@ def default_knobs(
     if spec.right != "constant" and isinstance(spec.geometry, Matrix):
         rows = min(rows, spec.geometry.rows)
         panels, most = panels * spec.geometry.batch, spec.geometry.rows // REPACK_ROWS
+    most = min(most, spec.rows // REPACK_ROWS) if panel else most
     blocks = max(1, min(ceil(TASKS / panels), most))
-    return Knobs(isa, rows, vectors, blocks, safe, compact, _prefetch_pays(spec, isa, rows, bits), spill, bits)
+    prefetch = not panel and _prefetch_pays(spec, isa, rows, bits)
+    return Knobs(isa, rows, vectors, blocks, safe, compact, prefetch, spill, bits, panel)
 
 
 def unsafe_sums(spec: ContractSpec, knobs: Knobs, weight: NDArray[Any]) -> str:

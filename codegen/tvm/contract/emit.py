@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from bitwright.codegen.tvm.contract.choose import contraction_plan
 from bitwright.codegen.tvm.contract.engine import Engine, engine_of
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
-from bitwright.codegen.tvm.contract.lowbit import scaled
+from bitwright.codegen.tvm.contract.lowbit import scaled, unpack_panel
 from bitwright.codegen.tvm.contract.nest import Nest, nest_of
 from bitwright.codegen.tvm.contract.packing import Layout, packed_sizes
 from bitwright.codegen.tvm.contract.padding import emit_padded, padded_elements
@@ -24,7 +24,7 @@ from bitwright.codegen.tvm.contract.spec import (
     runs_of,
 )
 from bitwright.codegen.tvm.contract.tile import LINE, Place, Streams, TileWriter
-from bitwright.codegen.tvm.tir import Builder, Index, choose, minimum, width
+from bitwright.codegen.tvm.tir import Builder, Index, Pointer, choose, minimum, width
 from bitwright.ir.types import U8
 
 
@@ -37,10 +37,18 @@ class Contraction:
     engine: Engine
     plan: Plan
     layout: Layout
+    stored: Plan
+    """The plan of the packed weights: several steps may share a vector that ``plan`` reads as bytes."""
 
     @property
     def group_cols(self) -> int:
         return self.spec.cols // self.spec.groups
+
+    @property
+    def panel_bytes(self) -> int:
+        """Of the weights of one panel, a byte each."""
+        vector = self.layout.vectors * self.layout.lanes * self.engine.quad
+        return runs_of(self.spec).count * self.plan.steps * vector + LINE
 
     @property
     def panels(self) -> list[tuple[int, int]]:
@@ -51,15 +59,17 @@ class Contraction:
 def contraction(spec: ContractSpec, knobs: Knobs) -> Contraction:
     """Resolve engine, plan and layout; raises when the pattern has no plan."""
     engine, plan = engine_of(spec, knobs), contraction_plan(spec, knobs)
-    layout = Layout(engine.lanes, knobs.vectors, engine.index_dtype, engine.index_quad, engine.bits, engine.biased)
-    return Contraction(spec, knobs, engine, plan, layout)
+    layout = Layout(
+        engine.lanes, knobs.vectors, engine.index_dtype, engine.index_quad, knobs.bits, engine.biased or knobs.panel
+    )
+    return Contraction(spec, knobs, engine, plan, layout, contraction_plan(spec, replace(knobs, panel=False)))
 
 
 def emit_packed(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str) -> KernelFunc:
     """The kernel of a contraction with packed weights."""
     made = contraction(spec, knobs)
     b = Builder(name)
-    sizes = packed_sizes(spec, made.plan, made.layout)
+    sizes = packed_sizes(spec, made.stored, made.layout)
     x = b.param("x", spec.input_dtype, spec.input_elements)
     weights = b.param("weights", U8 if knobs.bits < 8 else spec.weight_dtype, sizes[0])
     indices = b.param("indices", made.engine.index_dtype, sizes[1]) if made.plan.sparse else None
@@ -68,22 +78,27 @@ def emit_packed(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str)
     nest, geometry, scratch = nest_of(spec.rows, knobs), spec.geometry, 0
     if isinstance(geometry, Conv) and image_of(geometry).copied:
         scratch = padded_elements(geometry, image_of(geometry)) * width(spec.input_dtype) + 64
-        padded = b.view(b.scratch(scratch), spec.input_dtype)
+    panel = ceil(scratch / LINE) * LINE
+    scratch = panel + made.panel_bytes if knobs.panel else scratch
+    memory = b.scratch(scratch) if scratch else None
+    if isinstance(geometry, Conv) and memory is not None and image_of(geometry).copied:
+        padded = b.view(memory, spec.input_dtype)
         first, last = _rows_needed(b, geometry, image_of(geometry), nest)
         emit_padded(b, geometry, image_of(geometry), x, padded, spec.pad_value, first, last)
         x = padded
+    bytes_ = b.view(memory, spec.weight_dtype, panel) if knobs.panel and memory is not None else None
     writer = TileWriter(
         b,
         made.engine,
         made.plan,
         runs_of(spec),
-        Streams(x, weights, indices, init),
+        Streams(x, weights if bytes_ is None else bytes_, indices, init),
         epilogue,
         pointers,
         knobs.spill,
         scaled(knobs),
     )
-    emitter = _Emitter(made, writer, nest)
+    emitter = _Emitter(made, writer, nest, weights)
     tasks = spec.groups * len(made.panels) * nest.blocks
     with b.loop(b.end, b.begin, name="task") as task:
         emitter.task(task)
@@ -114,6 +129,7 @@ class _Emitter:
     made: Contraction
     writer: TileWriter
     nest: Nest
+    packed: Pointer
 
     def task(self, task: Index) -> None:
         """All tiles of one panel and one block of rows."""
@@ -134,6 +150,12 @@ class _Emitter:
                 self._panel(group, whole, block, vectors, self.made.group_cols - first)
 
     def _panel(self, group: Index, panel: Index, block: Index, vectors: int, cols: int) -> None:
+        if self.made.knobs.panel:
+            made, lanes = self.made, vectors * self.made.layout.lanes * self.made.engine.quad
+            at, out = self.writer.b.index(self._weights_at(group, panel)), self.writer.streams.weights
+            runs = self.writer.runs.count
+            unpack_panel(self.writer.b, made.stored, runs, made.knobs.bits, self.packed, at, out, lanes)
+
         def tile(row: Index, rows: int) -> None:
             self._tile(group, panel, row, rows, vectors, cols)
 
@@ -142,10 +164,9 @@ class _Emitter:
     def _tile(self, group: Index, panel: Index, row: Index, rows: int, vectors: int, cols: int) -> None:
         b, made = self.writer.b, self.made
         runs, engine, layout = self.writer.runs.count, made.engine, made.layout
-        panel_weights = runs * made.plan.all_weight_vectors * layout.vectors * layout.lanes * engine.quad
+        panel_weights = runs * made.stored.all_weight_vectors * layout.vectors * layout.lanes * engine.quad
         panel_indices = runs * made.plan.vectors * layout.vectors * layout.lanes * engine.index_quad
         vectors_per_group = ceil(made.group_cols / layout.lanes)
-        group_weights = panel_weights // layout.vectors * vectors_per_group
         group_indices = panel_indices // layout.vectors * vectors_per_group
         lines = 0
         if made.knobs.prefetch:
@@ -156,7 +177,7 @@ class _Emitter:
             row=row,
             col=b.index(group * made.group_cols + panel * (layout.vectors * layout.lanes)),
             x=self._bases(group, row, rows),
-            weights=b.index(group * group_weights + panel * panel_weights),
+            weights=0 if made.knobs.panel else b.index(self._weights_at(group, panel)),
             indices=b.index(group * group_indices + panel * panel_indices),
             vectors=vectors,
             cols=cols,
@@ -164,6 +185,12 @@ class _Emitter:
             lines=lines,
         )
         self.writer.tile(place)
+
+    def _weights_at(self, group: Index, panel: Index) -> Index:
+        """First packed weight of a panel."""
+        made, layout = self.made, self.made.layout
+        by_vector = self.writer.runs.count * made.stored.all_weight_vectors * layout.lanes * made.engine.quad
+        return group * (by_vector * ceil(made.group_cols / layout.lanes)) + panel * (by_vector * layout.vectors)
 
     def _bases(self, group: Index, row: Index, rows: int) -> list[Index]:
         """First activation of every row of the tile."""

@@ -253,7 +253,7 @@ def engine_of(spec: ContractSpec, knobs: Knobs) -> Engine:
     """The engine of a contraction under these knobs."""
     lanes = LANES[knobs.isa]
     if knobs.isa == "portable":
-        return Generic(lanes, 1, _ANY, spec.acc_dtype, U8, 1, bits=knobs.bits if spec.element == "u8s8" else 8)
+        return Generic(lanes, 1, _ANY, spec.acc_dtype, U8, 1, bits=knobs.register_bits if spec.element == "u8s8" else 8)
     if spec.element == "f32":
         if spec.sparsity and spec.sparsity[1] > lanes:
             return GenericFma(lanes, 1, _ANY, F32, U8, 1)
@@ -263,9 +263,9 @@ def engine_of(spec: ContractSpec, knobs: Knobs) -> Engine:
 
 def _bytes(knobs: Knobs) -> Engine:
     if knobs.isa == "avx512-vnni":
-        return DotBytes(16, 4, _BYTES_512, S32, U8, 4, x86.VPERMB_512, x86.VPDPBUSD_512, bits=knobs.bits)
+        return DotBytes(16, 4, _BYTES_512, S32, U8, 4, x86.VPERMB_512, x86.VPDPBUSD_512, bits=knobs.register_bits)
     selector = _BYTES_256_COMPACT if knobs.compact else _BYTES_256
     if knobs.isa == "avx-vnni":
-        return DotBytes(8, 4, selector, S32, U8, 4, x86.VPSHUFB_256, x86.VPDPBUSD_256, bits=knobs.bits)
+        return DotBytes(8, 4, selector, S32, U8, 4, x86.VPSHUFB_256, x86.VPDPBUSD_256, bits=knobs.register_bits)
     kind = PairBytes if knobs.safe_pairs else WideBytes
-    return kind(8, 4, selector, S32, U8, 4, x86.VPSHUFB_256, bits=knobs.bits)
+    return kind(8, 4, selector, S32, U8, 4, x86.VPSHUFB_256, bits=knobs.register_bits)

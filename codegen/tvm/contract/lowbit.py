@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bitwright.codegen.tvm.contract.plan import Plan
 from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, Knobs
-from bitwright.codegen.tvm.tir import Vec, const, shuffle
+from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, const, shuffle
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.types import S8, S16, U8, U16
 
@@ -33,6 +33,8 @@ def refusal(spec: ContractSpec, knobs: Knobs) -> str:
         return "only constant 8-bit weights are stored in fewer bits"
     if isinstance(g, Conv) and g.is_depthwise:
         return "depthwise kernels read their few weights as bytes"
+    if knobs.panel:
+        return ""
     if knobs.isa == "avx2" and not knobs.safe_pairs:
         return "AVX2 kernels unpack weights only where pairs of products are proven to fit 16 bits"
     if scaled(knobs) and spec.depth * max(spec.x_hi, 1) >= 1 << 24:
@@ -42,7 +44,7 @@ def refusal(spec: ContractSpec, knobs: Knobs) -> str:
 
 def scaled(knobs: Knobs) -> bool:
     """Whether sums come out 2^(8-bits) times too large."""
-    return knobs.bits < 8 and knobs.isa.endswith("vnni")
+    return knobs.register_bits < 8 and knobs.isa.endswith("vnni")
 
 
 # --- the arrays --------------------------------------------------------------------------------------------------
@@ -81,6 +83,27 @@ def _fields(plan: Plan) -> list[tuple[int, int]]:
         out += [(first + n // plan.fields, n % plan.fields) for n in range(len(block.steps))]
         first += plan.weight_vectors(block)
     return out
+
+
+def unpack_panel(
+    b: Builder, plan: Plan, runs: int, bits: int, packed: Pointer, at: Index, out: Pointer, n: int
+) -> None:
+    """Write the bytes of a panel that is stored from ``at`` on: every step's ``n`` weights, step after step."""
+    steps, vectors = plan.steps, plan.all_weight_vectors
+
+    def block(source: Index, first: Index, count: int) -> None:
+        for i in range(count):
+            vector, part = divmod(i, plan.fields)
+            raw = b.load(packed, source + vector * n, n)
+            b.store(out, first + i * n, as_bytes(raw, bits, part))
+
+    with b.loop(runs, name="run") as r:
+        source, first, size = b.index(at + r * (vectors * n)), b.index(r * (steps * n)), len(plan.block.steps)
+        with b.loop(plan.full, name="k") as k:
+            block(b.index(source + k * (plan.weight_vectors(plan.block) * n)), b.index(first + k * (size * n)), size)
+        if plan.tail:
+            done = plan.full * plan.weight_vectors(plan.block), plan.full * size
+            block(source + done[0] * n, first + done[1] * n, len(plan.tail.steps))
 
 
 # --- in a kernel -------------------------------------------------------------------------------------------------

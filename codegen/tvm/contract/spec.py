@@ -175,7 +175,8 @@ class Knobs:
     weights are proven not to saturate pmaddubsw; ``compact``: pack byte indices in time on 256-bit vectors too
     (fewer bytes to stream, more instructions); ``prefetch``: while few rows pass over a weight panel, fetch the
     next one; ``spill``: sums are kept in 16 bits and added to the accumulators every so many blocks of the plan
-    (0: every product is); ``bits``: what a packed 8-bit weight takes, 8, 4 or 2: unpacked in the kernel.
+    (0: every product is); ``bits``: what a packed 8-bit weight takes, 8, 4 or 2: unpacked in
+    registers or, if ``panel``, into scratch once for all tiles of a task, which then read bytes.
     ``rows``, ``row_blocks``, ``prefetch`` and ``spill`` do not change the packed weights.
     """
 
@@ -188,11 +189,12 @@ class Knobs:
     prefetch: bool = False
     spill: int = 0
     bits: int = 8
+    panel: bool = False
 
     @property
-    def fields(self) -> int:
-        """Weights that share a byte, or 1."""
-        return 8 // self.bits
+    def register_bits(self) -> int:
+        """Bits of the weights that the microkernel reads."""
+        return 8 if self.panel else self.bits
 
 
 @dataclass(frozen=True, slots=True)

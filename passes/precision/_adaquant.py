@@ -33,7 +33,11 @@ _LOOKS = 20
 
 @dataclass
 class _State:
-    """What is learnt. ``weight`` [g, o, k], ``reach`` (scale * top) and ``zero`` [g, o, scales], ``bias`` [g, 1, o]."""
+    """What is learnt. ``weight`` [g, o, k], ``reach`` (scale * top) and ``zero`` [g, o, scales], ``bias`` [g, 1, o].
+
+    Weights and reach are in units of each scale over the mean one: Adam's steps have one size for all, and channels of
+    small scales would be thrown about by the steps that large ones need.
+    """
 
     weight: torch.Tensor
     reach: torch.Tensor
@@ -136,7 +140,10 @@ class _Task:
         lo, hi = float(self.x.min().clamp_max(0)), float(self.x.max().clamp_min(0))
         reach = torch.tensor(max(hi - lo, 1e-30))
         x_zero = torch.tensor(0.0 if self.steps is None else -lo / float(reach) * self.steps)
-        state = _State(self.w.clone(), s * self.form.top, z, self.b.clone(), reach, x_zero)
+        mean = s.double().mean().clamp_min(1e-30).float()
+        self.unit = (s / mean).clamp_min(1e-6)
+        weight = self.w / self.wide(self.unit)
+        state = _State(weight, s * self.form.top / self.unit, z, self.b.clone(), reach, x_zero)
         for name, t in vars(state).items():
             fixed = (name == "zero" and self.form.symmetric) or (name in ("x_reach", "x_zero") and self.steps is None)
             t.requires_grad_(not fixed)
@@ -151,7 +158,7 @@ class _Task:
 
     def scales(self, state: _State) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and whole zero point, [g, o, scales]."""
-        scale = (state.reach / self.form.top).clamp_min(1e-30)
+        scale = (state.reach * self.unit / self.form.top).clamp_min(1e-30)
         return scale, _through(state.zero, lambda z: z.round().clamp(self.form.lo, self.form.hi))
 
     def wide(self, t: torch.Tensor) -> torch.Tensor:
@@ -162,7 +169,7 @@ class _Task:
         import torch
 
         scale, zero = (self.wide(t) for t in self.scales(state))
-        at = state.weight / scale + zero
+        at = state.weight * self.wide(self.unit) / scale + zero
         inside = at.clamp(self.form.lo, self.form.hi)
         q = inside + (self.form.round(at) - inside).detach()
         return torch.where(self.kept, q, zero.expand_as(q)), zero, scale

@@ -6,8 +6,6 @@ log domain: Colbert et al., A2Q, ICCV 2023, section 4.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -27,9 +25,14 @@ class A2QWeight(nn.Module):
     :func:`a2q_plus_cap`; positive and negative codes then sum to half of it each, so that a sum with any codes of
     ``input_bits`` bits (signed or not, whatever the zero point) fits ``bits`` bits, partial sums in any order included.
     Rounding passes gradients straight through. ``kept`` (bool, the weight's shape): elsewhere codes are zero.
+
+    Rows that fit as they are lose nothing: they are ``loose``, neither centred nor rounded toward zero but to the
+    nearest. Their radius is at most half the cap less half a unit for each weight, so that they stay inside, too.
     """
 
     kept: Tensor
+    loose: Tensor
+    log_cap: Tensor
 
     def __init__(
         self, weight: Tensor, bits: int, weight_bits: int = 8, input_bits: int = 8, kept: Tensor | None = None
@@ -44,6 +47,11 @@ class A2QWeight(nn.Module):
         self.top = 2 ** (weight_bits - 1) - 1
         kept = torch.ones(weight.shape, dtype=torch.bool) if kept is None else kept.detach().clone()
         self.register_buffer("kept", kept.to(weight.device))
+        room = self.cap / 2 - self.kept.flatten(1).sum(1) / 2
+        flat = torch.where(self.kept, weight.detach(), 0.0).abs().flatten(1).double()
+        loose = flat.sum(1) <= room * flat.amax(1).clamp(min=1e-12) / self.top
+        self.register_buffer("loose", loose)
+        self.register_buffer("log_cap", torch.where(loose, room.double(), self.cap).log2().to(weight))
         scale, norm = self._start(weight)
         self.log_scale = nn.Parameter(scale.log2().to(weight))
         self.log_norm = nn.Parameter(norm.log2().to(weight))
@@ -55,25 +63,27 @@ class A2QWeight(nn.Module):
         kept = self.kept.cpu().reshape(w.shape).numpy()
         limit = Limit(self.cap / 2, halves=True, lo=-self.top, hi=self.top)
         found = fit(np.where(kept, w, 0.0) / unit[:, None], kept, limit, FACTORS, centre=True, refit=False)
-        scale = unit * found.divisor
-        centred = self._centred(torch.from_numpy(w).reshape(self.kept.shape), self.kept.cpu()).reshape(w.shape).numpy()
+        scale = unit * np.where(self.loose.cpu().numpy(), 1.0, found.divisor)
+        centred = self._centred(torch.from_numpy(w).reshape(self.kept.shape)).reshape(w.shape).numpy()
         inside = Shrink(centred / scale[:, None], limit).project(np.ones(len(w)))
         norm = np.maximum(np.abs(inside).sum(1), 1.0) * scale
         return torch.from_numpy(scale), torch.from_numpy(norm)
 
     def projected(self, weight: Tensor) -> Tensor:
-        """The weight to start from (EP-init): centred, both halves within the cap. Its norm is ``log_norm``'s."""
+        """The weight to start from (EP-init): both halves within the cap, centred where a row did not fit as it was.
+
+        Its norm is ``log_norm``'s."""
         w = weight.detach().double().cpu().reshape(len(weight), -1)
         scale = self.log_scale.detach().double().cpu().exp2()[:, None]
-        centred = self._centred(w.reshape(self.kept.shape), self.kept.cpu()).reshape(w.shape) / scale
+        centred = self._centred(w.reshape(self.kept.shape)).reshape(w.shape) / scale
         inside = Shrink(centred.numpy(), Limit(self.cap / 2, halves=True)).project(np.ones(len(w)))
         return (torch.from_numpy(inside) * scale).reshape(weight.shape).to(weight)
 
-    def _centred(self, v: Tensor, kept: Tensor) -> Tensor:
-        axes = tuple(range(1, v.ndim))
+    def _centred(self, v: Tensor) -> Tensor:
+        axes, kept = tuple(range(1, v.ndim)), self.kept.to(v.device)
         v = torch.where(kept, v, 0.0)
         mean = v.sum(axes, keepdim=True) / kept.sum(axes, keepdim=True).clamp(min=1)
-        return torch.where(kept, v - mean, 0.0)
+        return torch.where(kept & ~self._column(self.loose).to(v.device), v - mean, v)
 
     def _column(self, per_output: Tensor) -> Tensor:
         return per_output.reshape(-1, *[1] * (self.kept.ndim - 1))
@@ -81,14 +91,15 @@ class A2QWeight(nn.Module):
     @property
     def radius(self) -> Tensor:
         """The l1 norm of the codes before rounding, [O]: never above the cap."""
-        return (self.log_norm - self.log_scale).clamp(max=math.log2(self.cap)).exp2()
+        return (self.log_norm - self.log_scale).clamp(max=self.log_cap).exp2()
 
     def codes(self, v: Tensor) -> Tensor:
         """Integers in the dtype of ``v``, with straight-through gradients."""
-        centred = self._centred(v, self.kept)
+        centred = self._centred(v)
         norm = centred.abs().sum(tuple(range(1, v.ndim)), keepdim=True).clamp(min=1e-12)
         exact = self._column(self.radius) * centred / norm
-        rounded = exact.trunc().clamp(-self.top, self.top)
+        whole = torch.where(self._column(self.loose), exact.round(), exact.trunc())
+        rounded = whole.clamp(-self.top, self.top)
         return exact + (rounded - exact).detach()
 
     def forward(self, v: Tensor) -> Tensor:
@@ -97,7 +108,7 @@ class A2QWeight(nn.Module):
 
     def penalty(self) -> Tensor:
         """How far the norms lie above the cap, in log2, summed over outputs: where it is not 0 they get no gradient."""
-        return (self.log_norm - self.log_scale - math.log2(self.cap)).clamp(min=0).sum()
+        return (self.log_norm - self.log_scale - self.log_cap).clamp(min=0).sum()
 
 
 __all__ = ["A2QWeight"]

@@ -188,6 +188,32 @@ def test_trained_weights_hold_their_cap_from_the_start(bits: int, weight_bits: i
         assert bool(p.grad.isfinite().all())
 
 
+def test_rows_that_fit_as_they_are_start_unchanged_and_stay_inside() -> None:
+    torch.manual_seed(1)
+    w = torch.randn(6, 40) + 0.7  # far from centred
+    w[3:] *= 0.02
+    w[3:, 0] = 3.0
+    wide, kept = A2QWeight(w, 32), torch.rand(w.shape) < 0.5
+    assert bool(wide.loose.all())
+    assert torch.equal(wide.projected(w), w)
+    unit = w.abs().amax(1, keepdim=True) / 127
+    assert float(((wide(w).detach() - w) / unit).abs().max()) <= 0.5 + 1e-3
+    masked = A2QWeight(w, 32, kept=kept)
+    assert torch.equal(masked.projected(w), torch.where(kept, w, 0.0))
+
+    some = A2QWeight(w, 17)  # the last rows hold one large weight each
+    assert some.loose.tolist() == [False] * 3 + [True] * 3
+    start, half = some.projected(w), ((1 << 16) - 1) / 255
+    assert torch.equal(start[3:], w[3:])
+    assert float(some.codes(start).detach()[:3].sum(1).abs().max()) < 40
+    with torch.no_grad():
+        some.log_norm.add_(30)  # wherever training leads
+    for v in (start, torch.ones_like(w), torch.randn_like(w), -torch.rand_like(w)):
+        codes = some.codes(v).detach()
+        assert float(codes.clamp(min=0).sum(1).max()) <= half
+        assert float((-codes).clamp(min=0).sum(1).max()) <= half
+
+
 def test_the_penalty_counts_what_lies_above_the_cap() -> None:
     made = A2QWeight(torch.randn(3, 9), 16)
     assert float(made.penalty().detach()) == 0.0

@@ -6,8 +6,9 @@ A row is one linear layer (activations u8, requantized to u8) of random codes: c
 its weights widened to s8, which makes the dense 8-bit kernel. Both programs must give the same bytes, then they are
 raced in one process. "cold": 16 copies of the program take turns, so that weights come from memory. "limit": bytes of
 the weights over the read bandwidth measured in this run (of the cache, or of memory when cold), and operations over
-the peak; "of it": the share reached (a prefetched stream can beat the plain loop that reads memory). A layer whose form is "bytes" is one where the cost model expects unpacking to
-take longer than 1.03 times as long.
+the peak; "of it": the share reached (a prefetched stream can beat the plain loop that reads memory). "form": unpacked
+in registers for every tile, in panels once for all rows of a task, or "bytes", where the cost model expects either to
+take more than 1.03 times as long as bytes.
 """
 
 from __future__ import annotations
@@ -116,10 +117,16 @@ def row(it: Workload, target: str, top: dict[str, float], rounds: int, core: int
     limit = max(memory, 2 * it.rows * w.size * density / top["int8"])
     return {
         "workload": it.label, "shape": it.shape, "dtype": it.dtype, "rows": it.rows, "cold": it.cold,
-        "pattern": str(it.pattern or ""), "form": "packed" if "unpacked in the kernel" in reason else "bytes",
+        "pattern": str(it.pattern or ""), "form": form_of(reason),
         "bytes": sizes, "seconds": {n: times.median(n) for n in calls}, "gain": times.ratio("bytes", "packed"),
         "limit": limit, "share": limit / times.median("packed"), "reason": reason,
     }  # fmt: skip
+
+
+def form_of(reason: str) -> str:
+    if "unpacked in the kernel" not in reason:
+        return "bytes"
+    return "panels" if "once for all rows" in reason else "registers"
 
 
 def checks_of(found: list[dict[str, Any]], isa: str) -> list[tuple[str, bool]]:
@@ -150,7 +157,7 @@ def main() -> None:
         for it in WORKLOADS:
             found.append(row(it, args.target, top, 7 if args.quick else args.rounds, core))
             r = found[-1]
-            print(f"{r['workload']:36} {r['form']:7} {r['gain']:.2f}x  {r['share']:.0%} of the limit", flush=True)
+            print(f"{r['workload']:36} {r['form']:10} {r['gain']:.2f}x  {r['share']:.0%} of the limit", flush=True)
     lines = [
         [
             r["workload"], r["form"], f"{r['bytes']['bytes'] / 1e6:.2f}", f"{r['bytes']['packed'] / 1e6:.2f}",

@@ -23,8 +23,9 @@ _EFFICIENCY = 0.9
 _PACKING_MAY_COST = 1.03
 _FEW_ROWS = {"avx-vnni": 2, "avx2": 1, "portable": 1}
 """Rows at which unpacking in registers is hidden by the loads; with 32 registers (AVX-512) it always is."""
-_SPARSE_UNPACKED = 0.93
-"""Speed of an N:M kernel of many rows that unpacks its weights, of one that reads bytes (benchmarks/lowbit.py)."""
+_SPARSE_UNPACKED = {True: 0.93, False: 0.8}
+"""Speed of an N:M kernel that unpacks its weights, of one that reads bytes, while memory does not limit it: with
+AVX-512 for many rows, and others (benchmarks/lowbit.py)."""
 _UNPACKED_L1, _UNPACKED_L2 = 6, 2
 """Weights unpacked per vector operation of 32 bits, into a panel that fits the first-level cache and into others."""
 _SLOW = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish pow sin cos div rsqrt sqrt".split())
@@ -154,12 +155,13 @@ def _unpacking_seconds(node: Node, body: Graph, target: Target, form: Unpacking)
     w = body.types[node.inputs[1]]
     rows, depth = node.type.size / int(w.shape[0]), w.size / int(w.shape[0])
     few = rows <= _FEW_ROWS.get(target.isa, 2)
-    if isinstance(w.encoding, NM) and not few:
-        return _SPARSE_UNPACKED, 0.0
+    wide = target.isa == "avx512-vnni"
+    if isinstance(w.encoding, NM) and not (few and wide):
+        return _SPARSE_UNPACKED[wide], 0.0
     if form == "panel":
         near = target.vector_bits // 8 * depth <= target.l1_bytes
         return 1.0, w.size / (target.vector_ops_per_second * (_UNPACKED_L1 if near else _UNPACKED_L2))
-    if few or target.isa == "avx512-vnni":
+    if few or wide:
         full = min(1.0, 0.25 + _reuse(node, body) / 16)
         return min(1.0 / full, math.sqrt(8 / stored_bits(w.dtype))), 0.0
     return 1.0, w.size * rows / 2 / (target.vector_ops_per_second * _UNPACKED_L1)  # again for every two rows

@@ -1,6 +1,6 @@
 """Accuracy against the width of the accumulator: digits networks trained here, and the MiniLM sentence encoder.
 
-    python benchmarks/accumulator_accuracy.py [--only cnn transformer w4a4 minilm] [--images 450] [--write]
+    python benchmarks/accumulator_accuracy.py [--only cnn transformer w4a4 minilm] [--widths 16 12] [--write]
 
 Integer registers: the int8 program with P-bit sums, wrapping and saturating, as it is and after
 `constrain-weights{bits=P}` (A2Q+, AXE with GPTQ; A2Q+ after some steps of `constrained_training`), whose sums are
@@ -17,7 +17,7 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import datetime
@@ -126,7 +126,9 @@ def tune(
     return net
 
 
-def integer_rows(net: nn.Module, data: digits.Digits, images: int, steps: int, out: Results) -> None:
+def integer_rows(
+    net: nn.Module, data: digits.Digits, images: int, steps: int, widths: Sequence[int], out: Results
+) -> None:
     """The program in registers of every width: weights as they are, constrained to it, and trained under it."""
     calibration = [(part.numpy(),) for part in data.x[:256].split(64)]
     x = [data.test_x[:images]]
@@ -145,7 +147,7 @@ def integer_rows(net: nn.Module, data: digits.Digits, images: int, steps: int, o
         return right(evaluate(graph, x)[0], data)
 
     plain = lowered(net, "")
-    for bits in WIDTHS:
+    for bits in widths:
         start = time.perf_counter()
         row = out.integers[bits] = {
             r: right(evaluate_in_registers(plain, x, bits, r)[0], data) for r in ("wrap", "saturate")
@@ -224,7 +226,7 @@ def encoder_rows(kind: str, out: Results) -> None:
     print(f"  MiniLM: {out.integers} {out.floats}", flush=True)
 
 
-def part(key: str, kind: str, images: int, steps: int) -> Results:
+def part(key: str, kind: str, images: int, steps: int, widths: Sequence[int]) -> Results:
     """One model's results, of integer registers or of small floats; runs in a process of its own."""
     torch.set_num_threads(1)
     scheme = kind if kind in SCHEMES else "int8"
@@ -242,7 +244,7 @@ def part(key: str, kind: str, images: int, steps: int) -> Results:
         if kind == "floats":
             small_float_rows(folded(net), data, images, steps, key == "transformer", out)
         else:
-            integer_rows(folded(net), data, images, model.steps if kind == "integers" else 0, out)
+            integer_rows(folded(net), data, images, model.steps if kind == "integers" else 0, widths, out)
     out.date, out.minutes = datetime.now().isoformat(timespec="seconds"), (time.perf_counter() - began) / 60
     return out
 
@@ -256,17 +258,21 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--images", type=int, default=450)
+    parser.add_argument("--widths", nargs="+", type=int, help="only these rows of the digits networks' registers")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     kept = stored() if args.write else {}
     results: dict[str, Results] = {}
     order = dict.fromkeys(title_of(*job) for jobs in PARTS.values() for job in jobs)
     todo = [job for key in PARTS if key in args.only for job in PARTS[key]]
+    if args.widths:
+        todo = [job for job in todo if job[1] in ("integers", "W4A4") and job[0] != "minilm"]
     with ProcessPoolExecutor(len(todo), get_context("spawn")) as pool:
-        jobs = {pool.submit(part, *job, args.images, args.steps): job for job in todo}
+        jobs = {pool.submit(part, *job, args.images, args.steps, args.widths or WIDTHS): job for job in todo}
         for done in as_completed(jobs):
             title, made = title_of(*jobs[done]), done.result()
-            results[title] = merged(results[title], made) if title in results else made
+            before = results.get(title, kept.get(title) if args.widths else None)
+            results[title] = made if before is None else merged(before, made)
             if args.write:  # what is there stays, should a later part fail
                 known = kept | results
                 write({t: known[t] for t in order if t in known})

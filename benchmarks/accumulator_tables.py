@@ -147,7 +147,7 @@ def stored() -> dict[str, Results]:
 
 def merged(one: Results, two: Results) -> Results:
     """Two parts of one section."""
-    bits = [b for b in dict.fromkeys([*WIDTHS, *ENCODER_WIDTHS]) if b in one.integers or b in two.integers]
+    bits = {*one.integers, *two.integers}
     order = ("wrap", "saturate", *LABELS)
     rows = {b: one.integers.get(b, {}) | two.integers.get(b, {}) for b in sorted(bits, reverse=True)}
     return replace(
@@ -156,6 +156,7 @@ def merged(one: Results, two: Results) -> Results:
         floats=one.floats | two.floats,
         tuned_float=max(one.tuned_float, two.tuned_float),
         minutes=max(one.minutes, two.minutes),
+        date=max(one.date, two.date),
     )
 
 

@@ -26,13 +26,20 @@ def weight_node(graph: Graph, node: Node) -> Node | None:
     return source if source is not None and isinstance(source.op, ops.Weight) else None
 
 
+def name_of(ref: str, origin: str) -> str:
+    """The layer's name by the key of its weight; by its node where an exporter made up the key (``onnx::Conv_71``)."""
+    place = origin.partition(", ")[0].partition(" (")[0]
+    made_up = ref.startswith("onnx::") and place and ".py:" not in place
+    return place if made_up else stem(ref).removesuffix(".weight")
+
+
 def layer_of(graph: Graph, node: Node) -> str:
     """What the report calls a contraction: its weight's key without ``.weight``, else its value's name."""
     source = weight_node(graph, node) if len(node.inputs) > 1 else None
     if source is None:
         return node.output
     assert isinstance(source.op, ops.Weight)
-    return stem(source.op.ref).removesuffix(".weight")
+    return name_of(source.op.ref, node.origin)
 
 
 def matches(pattern: str, graph: Graph, node: Node) -> bool:

@@ -32,7 +32,7 @@ from bitwright.ir.text import show
 from bitwright.ir.types import symbols_of
 from bitwright.ir.work import macs
 from bitwright.passes._batches import LazyBatches
-from bitwright.passes._layers import stem
+from bitwright.passes._layers import name_of
 from bitwright.passes._pass import Price
 from bitwright.pipeline import Lowered, lower
 from bitwright.runtime.artifact import Contents
@@ -293,7 +293,7 @@ def _layer(
         array = graph.constant(outer) if outer is not None else None
         kept = density(array) if isinstance(array, np.ndarray) else None
         source = graph.producers.get(outer) if outer is not None else None
-        weight = stem(source.op.ref).removesuffix(".weight") if source and isinstance(source.op, ops.Weight) else ""
+        weight = name_of(source.op.ref, root.origin) if source and isinstance(source.op, ops.Weight) else ""
     told: list[tuple[str, dict[str, Any]]] = []
     for key in dict.fromkeys((weight, *(x for n in heads for x in (n.output, n.origin, *n.inputs)))):
         told += [r for r in remarks.get(key, []) if r not in told] if key else []

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bitwright.runtime.program import Program
     from bitwright.runtime.report import Layer, Report
 
-_PIPE_WIDTH = 160
+_PIPE_WIDTH = 200
 _STYLES = {"float": "", "dense": "blue", "sparse": "dark_orange"}
 
 
@@ -49,8 +49,12 @@ def shape_text(shape: Sequence[int | str]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
 
 
-def layers(report: Report) -> Table:
-    """One row per layer: what it is, what was done, what it costs. Columns nobody filled are left out."""
+def layers(report: Report, width: int | None = None) -> Table:
+    """One row per layer: what it is, what was done, what it costs.
+
+    Columns nobody filled are left out, and so are the least important ones of a table wider than ``width`` (None: the
+    console's); the caption names them.
+    """
     rows = report.layers
     columns: list[tuple[str, list[str | Text]]] = [
         ("layer", [Text(title(x), _STYLES[family(x)]) for x in rows]),
@@ -58,7 +62,7 @@ def layers(report: Report) -> Table:
         ("shape", [shape_text(x.shape) if x.shape else "" for x in rows]),
         ("formats", [formats_text(x.formats) for x in rows]),
         ("mask", [_short_pattern(x.pattern) for x in rows]),
-        ("accumulator", [x.accumulator for x in rows]),
+        ("accumulator", [x.accumulator.removeprefix("needs ") for x in rows]),
         (">magnitude kept", [kept_text(x) for x in rows]),
         (">layer error", [rebuilt_text(x) for x in rows]),
         (">weight noise, clipped", [_noise(x) for x in rows]),
@@ -71,7 +75,35 @@ def layers(report: Report) -> Table:
         (">error", [units.percent(x.error) for x in rows]),
     ]
     used = [(head, cells) for head, cells in columns if any(str(c) not in ("", units.UNKNOWN) for c in cells)]
-    return table([h for h, _ in used], zip(*(cells for _, cells in used), strict=True), title="Layers")
+    shown = _fitting(used, console().width if width is None else width)
+    left = [head.removeprefix(">") for head, cells in used if (head, cells) not in shown]
+    made = table([h for h, _ in shown], zip(*(cells for _, cells in shown), strict=True), title="Layers")
+    if left:
+        made.caption = f"not shown for want of width: {', '.join(left)} (inspect --why LAYER, or --html)"
+        made.caption_justify = "left"
+    return made
+
+
+_LEAST = (
+    ">of loss", ">bytes", ">weight noise, clipped", "shape", ">predicted", "operation", ">layer error", "accumulator",
+    ">magnitude kept", "kernel",
+)  # fmt: skip
+"""Columns in the order in which a narrow console does without them."""
+_WRAPS = 34
+"""What a cell of text is taken to need: longer ones are folded."""
+
+
+def _fitting(columns: list[tuple[str, list[str | Text]]], width: int) -> list[tuple[str, list[str | Text]]]:
+    def need(head: str, cells: list[str | Text]) -> int:
+        longest = max(len(str(c)) for c in (head.removeprefix(">"), *cells))
+        return (longest if head.startswith(">") else min(longest, _WRAPS)) + 2
+
+    shown = list(columns)
+    for head in _LEAST:
+        if sum(need(h, cells) for h, cells in shown) <= width:
+            break
+        shown = [(h, cells) for h, cells in shown if h != head]
+    return shown
 
 
 def _noise(x: Layer) -> str:

@@ -271,6 +271,7 @@ def main() -> None:
         jobs = {pool.submit(part, *job, args.images, args.steps, args.widths or WIDTHS): job for job in todo}
         for done in as_completed(jobs):
             title, made = title_of(*jobs[done]), done.result()
+            made.minutes = 0 if args.widths else made.minutes  # not those of the whole section
             before = results.get(title, kept.get(title) if args.widths else None)
             results[title] = made if before is None else merged(before, made)
             if args.write:  # what is there stays, should a later part fail

@@ -121,7 +121,7 @@ def plot(results: dict[str, Results], path: Path) -> None:
             axis.axhline(exact, color="grey", linewidth=0.8, linestyle=":", label="exact sums")
         low = min([*bits, *(s.bits for s in FORMATS if s.name in r.floats)], default=8)
         axis.set(
-            title=f"{title} ({r.scheme})",
+            title=title if r.scheme in title else f"{title}, {r.scheme}",
             xlabel="bits of the accumulator",
             xticks=range(low, max(bits, default=16) + 1, 2),
         )

@@ -142,8 +142,10 @@ class _Task:
         x_zero = torch.tensor(0.0 if self.steps is None else -lo / float(reach) * self.steps)
         mean = s.double().mean().clamp_min(1e-30).float()
         self.unit = (s / mean).clamp_min(1e-6)
+        self.given = s
         weight = self.w / self.wide(self.unit)
-        state = _State(weight, s * self.form.top / self.unit, z, self.b.clone(), reach, x_zero)
+        self.reach = s * self.form.top / self.unit
+        state = _State(weight, self.reach.clone(), z, self.b.clone(), reach, x_zero)
         for name, t in vars(state).items():
             fixed = (name == "zero" and self.form.symmetric) or (name in ("x_reach", "x_zero") and self.steps is None)
             t.requires_grad_(not fixed)
@@ -197,6 +199,8 @@ class _Task:
 
         with torch.no_grad():
             q, zero, scale = (t.double() for t in self.codes(state))
+            if torch.equal(state.reach, self.reach):  # scales that were not learnt come back bit for bit
+                scale = self.wide(self.given).double()
         learnt = None
         if self.steps is not None:
             x_zero = int(state.x_zero.round().clamp(0, self.steps))

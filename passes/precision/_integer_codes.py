@@ -225,7 +225,9 @@ def _parameters(
     scale = _usable(reach / form.top)
     if kind == "pow2":
         exponent = torch.log2(scale)
-        scale = torch.exp2((torch.ceil(exponent - 1e-9) if up else torch.floor(exponent)).clamp(-126, 126))
+        exponent = (torch.ceil(exponent - 1e-9) if up else torch.floor(exponent)).clamp(-126, 126)
+        one = np.ones((), scale.numpy().dtype)
+        scale = torch.from_numpy(np.ldexp(one, exponent.int().numpy()))  # torch.exp2 may be off by a bit
     zero = torch.zeros_like(scale) if form.symmetric else torch.round(form.lo - lo / scale).clamp(form.lo, form.hi)
     return scale, zero
 

@@ -15,10 +15,10 @@ from bitwright._version import __version__
 if TYPE_CHECKING:
     from bitwright.a2q_training import constrained_training
     from bitwright.driver import advise, capture, compile, load, load_graph, load_onnx, optimize, to_onnx, verify
+    from bitwright.float_training import small_float_training
     from bitwright.ir.graph import Graph
     from bitwright.ir.target import Target
     from bitwright.runtime.program import Program
-    from bitwright.small_float_training import small_float_training
     from bitwright.training import sparse_training
 
 _LAZY = {
@@ -30,7 +30,7 @@ _LAZY = {
     "Target": "bitwright.ir.target",
     "Program": "bitwright.runtime.program",
     "constrained_training": "bitwright.a2q_training",
-    "small_float_training": "bitwright.small_float_training",
+    "small_float_training": "bitwright.float_training",
     "sparse_training": "bitwright.training",
 }
 

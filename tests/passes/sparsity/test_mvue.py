@@ -138,7 +138,7 @@ def test_groups_hold_at_most_keep(
             v = v * 1e-6
         case "spread":
             v = v**9
-    v = v.to(dtype)
+    v = v.clamp(-6e4, 6e4).to(dtype)  # finite in f16
     methods: tuple[Method, ...] = ("optimal", "two-draw") if keep == 2 else ("optimal",)
     for method in methods:
         out = mvue_mask(v, keep, group, axis, seeded(seed), method)

@@ -176,7 +176,7 @@ def test_the_score_decides(read: Read) -> None:
           %y = linear(%h, %v) : f32[2, 2]
         }
     """, {"w": w})  # fmt: skip
-    l1, l2 = (PruneStructures(score=s).run(graph, Context()).weights["w.1"].array for s in ("l1", "l2"))
+    l1, l2 = (PruneStructures(score=s).run(graph, Context()).weights["w~1"].array for s in ("l1", "l2"))
     assert l1[0].tolist() == [1.5, 1.5, 1.5]
     assert l2[0].tolist() == [3.0, 0.0, 0.0]
 

@@ -33,6 +33,7 @@ from bitwright.runtime.program import Program
 
 OUT = Path("demo-out")
 SPARSE = "nm-mask{pattern=2:4}, int8"
+SMOOTH = "smooth-quant{insert=true}, int8"
 console: Console = cli_show.console()
 Array = np.ndarray[Any, Any]
 
@@ -134,9 +135,9 @@ def sentences_demo() -> Program:
     calibration = [(known[0][i : i + 8], known[1][i : i + 8]) for i in range(0, 64, 8)]
     programs = {}
     with step("compile float and int8 with bitwright"):
-        for name in ("float", "int8"):
+        for name, recipe in (("float", "float"), ("int8", SMOOTH)):
             graph = bw.capture(module, examples, dynamic_batch=True, name=f"MiniLM, {name}")
-            programs[name] = bw.compile(graph, recipe=name, calibration=calibration, measure=True)
+            programs[name] = bw.compile(graph, recipe=recipe, calibration=calibration, measure=True)
     programs["int8"].save(OUT / "minilm.bw")
     with step("export and quantize with onnxruntime"):
         path = peers.export(module, examples, ["ids", "mask"], OUT / "minilm.onnx")

@@ -96,7 +96,7 @@ _WRAPS = 34
 def _fitting(columns: list[tuple[str, list[str | Text]]], width: int) -> list[tuple[str, list[str | Text]]]:
     def need(head: str, cells: list[str | Text]) -> int:
         longest = max(len(str(c)) for c in (head.removeprefix(">"), *cells))
-        return (longest if head.startswith(">") else min(longest, _WRAPS)) + 2
+        return (longest if head.startswith(">") else min(longest, _WRAPS)) + 3  # padding and the space between
 
     shown = list(columns)
     for head in _LEAST:

@@ -65,7 +65,7 @@ def _section(report: Report) -> str:
             _speed(report),
             _passes_plot(report),
             "</div>",
-            _layers(report.layers),
+            _layers(report),
             _refusals(report.refusals),
             _passes(report),
             _provenance(report),
@@ -222,8 +222,8 @@ def _mask_text(x: Layer) -> str:
     return " · ".join(p for p in parts if p)
 
 
-def _layers(layers: Sequence[Layer]) -> str:
-    if not layers:
+def _layers(report: Report) -> str:
+    if not report.layers:
         return ""
     heads = [
         ("layer", ""), ("shape", ""), ("formats", ""), ("mask", ""), ("kernel, and why", ""), ("bytes", "n"),
@@ -232,22 +232,24 @@ def _layers(layers: Sequence[Layer]) -> str:
     return (
         '<section class="card"><h2>Layers</h2><p>What was done to each, and why. '
         "“Error” is relative to the floating-point model. Select a heading to sort.</p>"
-        f"{_table(heads, map(_layer_row, layers))}</section>"
+        f"{_table(heads, (_layer_row(x, *report.notes_of(x)) for x in report.layers))}</section>"
     )
 
 
-def _layer_row(x: Layer) -> str:
+def _layer_row(x: Layer, notes: Sequence[str], remarks: Sequence[str]) -> str:
     style = plots.family(x)
     mask = f'<span class="chip {style}">{escape(x.pattern)}</span>' if x.pattern else ""
     below = " · ".join(t for t in (x.op.replace("+", " + "), x.name, plots.place(x)) if t and t != plots.title(x))
-    why = " · ".join([x.reason, *x.notes] if x.reason else x.notes)
+    why = " · ".join(t for t in (x.reason, *notes) if t)
+    lines = "".join(f"<p><small>{escape(r)}</small></p>" for r in remarks)
+    told = f"<details><summary>what passes found</summary>{lines}</details>" if lines else ""
     formats = f'<span class="chip {style}">{escape(text)}</span>' if (text := formats_text(x.formats)) else ""
     cells = [
         _cell(escape(plots.title(x)), sort=plots.title(x), cls="name", small=below),
         _cell(f"<code>{escape(' x '.join(map(str, x.shape)))}</code>" if x.shape else "", sort=x.operations, cls="nw"),
         _cell(formats, sort=text, small=x.accumulator),
         _cell(mask, sort=x.pattern, small=_mask_text(x)),
-        _cell(f"<code>{escape(x.kernel)}</code>" if x.kernel else "", sort=x.kernel, small=why),
+        _cell(f"<code>{escape(x.kernel)}</code>" if x.kernel else "", sort=x.kernel, small=why, more=told),
         _number(units.size(x.bytes), x.bytes),
         _number(units.seconds(x.predicted_seconds), x.predicted_seconds),
         _number(units.seconds(x.measured_seconds), x.measured_seconds),

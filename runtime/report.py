@@ -134,6 +134,12 @@ class Report(_Row):
                 return row
         raise KeyError(name)
 
+    def notes_of(self, layer: Layer) -> tuple[list[str], list[str]]:
+        """Notes on why a layer is as it is, and the remarks of single passes ("nm-mask: kept 0.91") beside them."""
+        remarks = tuple(f"{p.name}: " for p in self.passes)
+        told = [n for n in layer.notes if n.startswith(remarks)]
+        return [n for n in layer.notes if n not in told], told
+
     def with_seconds(self, seconds: Mapping[str, float]) -> Report:
         """A copy whose layers named in ``seconds`` carry that measured time."""
         layers = [

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from bitwright.ir.errors import InvalidInput, did_you_mean
-from bitwright.passes.registry import PASSES
 from bitwright.runtime import units
 from bitwright.runtime.html import formats_text, kept_text, rebuilt_text
 from bitwright.runtime.plots import FAMILIES, family, pass_text, title
@@ -121,10 +120,9 @@ def _short_pattern(pattern: str) -> str:
 def reasons(report: Report) -> Table:
     """Why the layers are as they are: each distinct reason once, with the layers it holds for."""
     groups: dict[str, list[str]] = {}
-    remarks = tuple(f"{name}: " for name in PASSES)  # figures of one layer each: `--why LAYER` shows them
     for x in report.layers:
-        for text in (x.reason, *x.notes):
-            if text and not text.startswith(remarks):
+        for text in (x.reason, *report.notes_of(x)[0]):  # remarks are of one layer each: `--why LAYER` shows them
+            if text:
                 groups.setdefault(text, []).append(title(x))
     shown = ((text, str(len(names)), _listed(list(dict.fromkeys(names)))) for text, names in groups.items())
     return table(["reason", ">layers", "which"], shown, title="Why")

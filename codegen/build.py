@@ -22,6 +22,7 @@ from bitwright.ir.types import TensorType
 from bitwright.ir.weights import Array
 
 if TYPE_CHECKING:
+    from bitwright.codegen.tuning.space import Records
     from bitwright.codegen.tvm.select import Choice
     from bitwright.codegen.tvm.template import Config
 
@@ -45,6 +46,8 @@ class Kernel:
     weight_bytes: int
     config: Config
     packed_types: tuple[str, ...]
+    record: str
+    """The tuning record it was chosen by; empty for the template's own choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +74,18 @@ def build(
     cache: Cache | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    records: Records | None = None,
 ) -> Built:
     """Build a static kernel-level graph for ``target``.
 
     ``rows``, ``row_inputs``, ``row_outputs``: the chunk of a symbolic batch the graph was bound to and the bytes
-    per row of each input and output. Raises :class:`Unsupported` listing every region without a kernel.
+    per row of each input and output. ``records``: measured kernels are taken from there.
+    Raises :class:`Unsupported` listing every region without a kernel.
     """
     find_compiler()  # its lack is told before kernels are compiled
     from bitwright.codegen.tvm.select import Order, compile_order
 
-    graph, choices = select(graph, target)
+    graph, choices = select(graph, target, records)
     orders = {c.key: c for c in choices.values()}
     jobs = [Job(c.key, c.symbol, Order(c.template, c.body, c.config, c.symbol)) for c in orders.values()]
     before = (cache.misses if cache else 0) or 0
@@ -110,11 +115,12 @@ def _kernel(node: Node, choice: Choice) -> Kernel:
     nbytes = sum(p.nbytes for p in choice.packed)
     config, types = choice.config, tuple(p.dtype.name for p in choice.packed)
     return Kernel(
-        node, choice.template, choice.symbol, config.reason, choice.refused, config.tasks, nbytes, config, types
-    )
+        node, choice.template, choice.symbol, config.reason, choice.refused, config.tasks, nbytes, config, types,
+        choice.record,
+    )  # fmt: skip
 
 
-def select(graph: Graph, target: Target) -> tuple[Graph, dict[str, Choice]]:
+def select(graph: Graph, target: Target, records: Records | None = None) -> tuple[Graph, dict[str, Choice]]:
     """A kernel for every region; regions that no template takes whole are split into single operators."""
     from bitwright.codegen.tvm.select import choose
 
@@ -122,7 +128,7 @@ def select(graph: Graph, target: Target) -> tuple[Graph, dict[str, Choice]]:
     split: dict[str, list[tuple[str, str]]] = {}
     for node in graph.nodes:
         if isinstance(node.op, ops.Region):
-            answer = choose(node.op.body, _constants(graph, node), target)
+            answer = choose(node.op.body, constants_of(graph, node), target, records)
             if isinstance(answer, list):
                 split[node.output] = answer
             else:
@@ -139,7 +145,7 @@ def select(graph: Graph, target: Target) -> tuple[Graph, dict[str, Choice]]:
     if problems:
         raise Unsupported(problems)
     graph = _split(graph, set(split))
-    rest, more = select(graph, target)
+    rest, more = select(graph, target, records)
     return rest, choices | more
 
 
@@ -172,7 +178,7 @@ def _split(graph: Graph, outputs: set[str]) -> Graph:
     return rw.done()
 
 
-def _constants(graph: Graph, node: Node) -> dict[str, Array]:
+def constants_of(graph: Graph, node: Node) -> dict[str, Array]:
     """Arrays of the body's inputs that are weights, by the body's input name (views of weights included)."""
     assert isinstance(node.op, ops.Region)
     out: dict[str, Array] = {}
@@ -242,4 +248,4 @@ def _step(node: Node, choice: Choice, packed: Sequence[str]) -> Step:
     return Step(choice.symbol, config.tasks, tuple(args), config.scratch_bytes, node.output, inplace)
 
 
-__all__ = ["Built", "Kernel", "build", "nbytes_of", "select"]
+__all__ = ["Built", "Kernel", "build", "constants_of", "nbytes_of", "select"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from bitwright.codegen.cache import key_of
+from bitwright.codegen.targets.machine import cpu_name
+from bitwright.codegen.tuning.space import Point, Records
+from bitwright.codegen.tuning.workload import target_key, workload_key
 from bitwright.codegen.tvm.template import Config, Refused, Template, canonical
 from bitwright.ir.graph import Graph
 from bitwright.ir.target import Target
@@ -27,6 +30,8 @@ class Choice:
     packed: tuple[Array, ...]
     refused: tuple[tuple[str, str], ...]
     """(template, reason) of the templates that were preferred but did not fit."""
+    record: str = ""
+    """The tuning record that the configuration comes from; empty for the template's own choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,30 +73,69 @@ def version() -> str:
     return key_of(tvm.__version__, *parts)
 
 
-def choose(body: Graph, constants: Mapping[str, Array], target: Target) -> Choice | list[tuple[str, str]]:
+def choose(
+    body: Graph, constants: Mapping[str, Array], target: Target, records: Records | None = None
+) -> Choice | list[tuple[str, str]]:
     """The first template that takes the body, or why each one does not.
 
-    ``constants``: arrays of the body's inputs that are weights, by the body's input name.
+    ``constants``: arrays of the body's inputs that are weights, by the body's input name. ``records``: the best
+    measured candidate is taken instead where there is one for this workload, target and code generator.
     """
-    plain = canonical(body)
-    renamed = {
-        new.name: constants[old.name]
-        for old, new in zip(body.inputs, plain.inputs, strict=True)
-        if old.name in constants
-    }
+    plain, renamed = positional(body, constants)
+    if records is not None and (tuned := _recorded(plain, renamed, target, records)) is not None:
+        return tuned
     refused: list[tuple[str, str]] = []
     for name, template in templates().items():
         config = template.configure(plain, renamed, target)
-        if isinstance(config, Refused):
-            refused.append((name, config.reason))
-            continue
-        packed = tuple(template.pack(plain, config, renamed))
-        if why := template.verify(plain, config, renamed, list(packed)):
-            raise AssertionError(f"{name}: {why}")
-        kernel_body = template.kernel_body(plain)
-        key = key_of(version(), name, show(kernel_body), config.kernel_key())
-        return Choice(kernel_body, name, config, f"k_{name}_{key[:16]}", key, packed, tuple(refused))
+        if not isinstance(config, Refused):
+            return _choice(plain, renamed, name, config, tuple(refused))
+        refused.append((name, config.reason))
     return refused
+
+
+def positional(body: Graph, constants: Mapping[str, Array]) -> tuple[Graph, dict[str, Array]]:
+    """The canonical body, and its constants by the names they have there."""
+    plain = canonical(body)
+    pairs = zip(body.inputs, plain.inputs, strict=True)
+    return plain, {new.name: constants[old.name] for old, new in pairs if old.name in constants}
+
+
+def candidate(
+    plain: Graph, constants: Mapping[str, Array], target: Target, template: str, point: Point
+) -> Choice | Refused:
+    """The kernel that ``template`` makes of a canonical body at a point of its space, or why it makes none."""
+    if template not in templates():
+        return Refused(f"there is no template {template}")
+    config = templates()[template].at(plain, constants, target, point)
+    return config if isinstance(config, Refused) else _choice(plain, constants, template, config, ())
+
+
+def _recorded(plain: Graph, constants: Mapping[str, Array], target: Target, records: Records) -> Choice | None:
+    """The best measured candidate that these weights allow."""
+    for pick in records.best(workload_key(plain, constants), target_key(target, cpu_name()), version()):
+        choice = candidate(plain, constants, target, pick.template, pick.point)
+        if isinstance(choice, Choice):
+            told = f"tuned: {pick.label}, {pick.ratio:.2f}x of the default's time"
+            config = replace(choice.config, reason="; ".join(filter(None, [choice.config.reason, told])))
+            return replace(choice, config=config, record=pick.label)
+    return None
+
+
+def _choice(
+    plain: Graph,
+    constants: Mapping[str, Array],
+    name: str,
+    config: Config,
+    refused: tuple[tuple[str, str], ...],
+) -> Choice:
+    """Pack, prove that the packed constants are the constants, and name the kernel by its content."""
+    template = templates()[name]
+    packed = tuple(template.pack(plain, config, constants))
+    if why := template.verify(plain, config, constants, list(packed)):
+        raise AssertionError(f"{name}: {why}")
+    kernel_body = template.kernel_body(plain)
+    key = key_of(version(), name, show(kernel_body), config.kernel_key())
+    return Choice(kernel_body, name, config, f"k_{name}_{key[:16]}", key, packed, refused)
 
 
 def compile_order(order: Order) -> bytes:

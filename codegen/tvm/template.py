@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from bitwright.codegen.tuning.space import Point, Space
 from bitwright.ir.graph import Graph, Value
 from bitwright.ir.target import Target
 from bitwright.ir.weights import Array
@@ -65,6 +66,16 @@ class Template:
         depends on them (sparsity pattern, safe accumulation); the emitted code must be correct for ``pack``'s result.
         """
         raise NotImplementedError
+
+    def space(self, body: Graph, constants: Mapping[str, Array], target: Target) -> Space:
+        """What the tuner may choose for a body that :meth:`configure` takes; nothing unless overridden."""
+        return Space()
+
+    def at(self, body: Graph, constants: Mapping[str, Array], target: Target, point: Point) -> Config | Refused:
+        """:meth:`configure` with the knobs of ``point``; refuses what these weights do not allow."""
+        if point:
+            return Refused(f"the kernel has no knobs {sorted(point)}")
+        return self.configure(body, constants, target)
 
     def pack(self, body: Graph, config: Config, constants: Mapping[str, Array]) -> list[Array]:
         """Constants in the layout the kernel reads, in the order of the "packed" args (none by default)."""

@@ -1,0 +1,1 @@
+"""The autotuner: knob spaces, a database of measurements, workers that compile and measure, a search."""

@@ -140,26 +140,42 @@ class Files:
 
     def float32(self) -> Path:
         """The model by torch's exporter, attention spelled out."""
+        return self._made("float.onnx", lambda path: self._export(path, {"dynamo": True}))
+
+    def opset14(self) -> Path:
+        """The same by torch's older exporter, for engines that read no later operator set."""
+        return self._made("opset14.onnx", lambda path: self._export(path, {"dynamo": False, "opset_version": 14}))
+
+    def _export(self, path: Path, options: dict[str, Any]) -> None:
+        import torch
+
+        s = self.subject
+        inner: Any = getattr(s.module, "model", None)
+        spelled = s.transformer and hasattr(inner, "set_attn_implementation")
+        before = inner.config._attn_implementation if spelled else ""
+        if spelled:
+            inner.set_attn_implementation("eager")
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                s.module, s.inputs, str(path), external_data=False, verbose=False, input_names=list(s.names), **options
+            )
+        if spelled:
+            inner.set_attn_implementation(before)
+
+    def deepsparse(self, kind: str = "", *, integers: bool = True) -> Path:
+        """The model in DeepSparse's own form, its weights pruned in a way of :func:`deepsparse_form.pruned`."""
+        from deepsparse_form import Form, ranges_of
 
         def make(path: Path) -> None:
-            import torch
+            form = Form(self.opset14())
+            if kind:
+                form.prune(kind)
+            if integers:
+                form.quantize(ranges_of(self.opset14(), form.tensors(), self.subject.batches()))
+            form.save(path)
 
-            s = self.subject
-            inner: Any = getattr(s.module, "model", None)
-            spelled = s.transformer and hasattr(inner, "set_attn_implementation")
-            before = inner.config._attn_implementation if spelled else ""
-            if spelled:
-                inner.set_attn_implementation("eager")
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                torch.onnx.export(
-                    s.module, s.inputs, str(path), dynamo=True, external_data=False, verbose=False,
-                    input_names=list(s.names),
-                )  # fmt: skip
-            if spelled:
-                inner.set_attn_implementation(before)
-
-        return self._made("float.onnx", make)
+        return self._made(f"deepsparse-{'int8' if integers else 'float'}-{kind or 'dense'}.onnx", make)
 
     def qdq(self) -> Path:
         """onnxruntime's static quantization: u8 per tensor, s8 per channel."""

@@ -5,26 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil
 
+from bitwright.codegen.tvm.contract.address import emit_image, image_bytes, row_bases
 from bitwright.codegen.tvm.contract.choose import contraction_plan
 from bitwright.codegen.tvm.contract.engine import Engine, engine_of
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
 from bitwright.codegen.tvm.contract.lowbit import scaled, unpack_panel
 from bitwright.codegen.tvm.contract.nest import Nest, nest_of
 from bitwright.codegen.tvm.contract.packing import Layout, packed_sizes
-from bitwright.codegen.tvm.contract.padding import emit_padded, padded_elements
 from bitwright.codegen.tvm.contract.plan import Plan
-from bitwright.codegen.tvm.contract.spec import (
-    ContractSpec,
-    Conv,
-    Image,
-    KernelFunc,
-    Knobs,
-    Matrix,
-    image_of,
-    runs_of,
-)
+from bitwright.codegen.tvm.contract.spec import ContractSpec, KernelFunc, Knobs, runs_of
 from bitwright.codegen.tvm.contract.tile import LINE, Place, Streams, TileWriter
-from bitwright.codegen.tvm.tir import Builder, Index, Pointer, choose, minimum, width
+from bitwright.codegen.tvm.tir import Builder, Index, Pointer, width
 from bitwright.ir.types import U8
 
 
@@ -75,17 +66,10 @@ def emit_packed(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str)
     indices = b.param("indices", made.engine.index_dtype, sizes[1]) if made.plan.sparse else None
     init = b.param("init", spec.acc_dtype, spec.cols) if spec.init else None
     pointers = {p.name: b.param(p.name, p.dtype, p.elements) for p in epilogue.params}
-    nest, geometry, scratch = nest_of(spec.rows, knobs), spec.geometry, 0
-    if isinstance(geometry, Conv) and image_of(geometry).copied:
-        scratch = padded_elements(geometry, image_of(geometry)) * width(spec.input_dtype) + 64
-    panel = ceil(scratch / LINE) * LINE
-    scratch = panel + made.panel_bytes if knobs.panel else scratch
+    nest, panel = nest_of(spec.rows, knobs), image_bytes(spec)
+    scratch = panel + made.panel_bytes if knobs.panel else panel
     memory = b.scratch(scratch) if scratch else None
-    if isinstance(geometry, Conv) and memory is not None and image_of(geometry).copied:
-        padded = b.view(memory, spec.input_dtype)
-        first, last = _rows_needed(b, geometry, image_of(geometry), nest)
-        emit_padded(b, geometry, image_of(geometry), x, padded, spec.pad_value, first, last)
-        x = padded
+    x = emit_image(b, spec, nest, memory, x)
     bytes_ = b.view(memory, spec.weight_dtype, panel) if knobs.panel and memory is not None else None
     writer = TileWriter(
         b,
@@ -103,25 +87,6 @@ def emit_packed(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str)
     with b.loop(b.end, b.begin, name="task") as task:
         emitter.task(task)
     return KernelFunc(b.finish(), name, tasks, scratch, b.param_names)
-
-
-def _rows_needed(b: Builder, conv: Conv, image: Image, nest: Nest) -> tuple[Index, Index]:
-    """The padded rows that tasks [begin, end) read: part of the images if they share one panel, else all."""
-    everything, (oh, ow) = conv.batch * image.height, conv.output
-    if nest.blocks == 1:
-        return 0, everything
-    whole = b.begin // nest.blocks != (b.end - 1) // nest.blocks
-
-    def padded_row(flat: Index) -> Index:
-        return flat // (oh * ow) * image.height + flat % (oh * ow) // ow * conv.stride[0]
-
-    step = nest.per_block * nest.tile
-    first = padded_row(b.begin % nest.blocks * step)
-    final = (b.end - 1) % nest.blocks
-    span = (conv.kernel[0] - 1) * conv.dilation[0] + 1
-    flat = choose(final == nest.blocks - 1, nest.rows - 1, (final + 1) * step - 1)
-    last = padded_row(b.index(minimum(flat, nest.rows - 1))) + span
-    return b.index(choose(whole, 0, first)), b.index(choose(whole, everything, last))
 
 
 @dataclass(frozen=True)
@@ -176,7 +141,7 @@ class _Emitter:
         place = Place(
             row=row,
             col=b.index(group * made.group_cols + panel * (layout.vectors * layout.lanes)),
-            x=self._bases(group, row, rows),
+            x=row_bases(b, made.spec, self.nest.tile, group, row, rows),
             weights=0 if made.knobs.panel else b.index(self._weights_at(group, panel)),
             indices=b.index(group * group_indices + panel * panel_indices),
             vectors=vectors,
@@ -191,25 +156,3 @@ class _Emitter:
         made, layout = self.made, self.made.layout
         by_vector = self.writer.runs.count * made.stored.all_weight_vectors * layout.lanes * made.engine.quad
         return group * (by_vector * ceil(made.group_cols / layout.lanes)) + panel * (by_vector * layout.vectors)
-
-    def _bases(self, group: Index, row: Index, rows: int) -> list[Index]:
-        """First activation of every row of the tile."""
-        b, g = self.writer.b, self.made.spec.geometry
-        if isinstance(g, Matrix):
-            base = b.index(row * g.depth)
-            return [base + i * g.depth for i in range(rows)]
-        image, (oh, ow) = image_of(g), g.output
-        shift = group * (g.channels // g.groups)
-        down, across = g.stride[0] * image.width * g.channels, g.stride[1] * g.channels
-        if down == ow * across and (g.batch == 1 or image.height * image.width * g.channels == oh * down):
-            base = b.index(row * across + shift)
-            return [base + i * across for i in range(rows)]
-
-        def base_of(flat: Index) -> Index:
-            n, y, x = flat // (oh * ow), flat % (oh * ow) // ow, flat % ow
-            return b.index(n * (image.height * image.width * g.channels) + y * down + x * across + shift)
-
-        if ow % self.nest.tile == 0:
-            base = base_of(row)
-            return [base + i * across for i in range(rows)]
-        return [base_of(row + i) for i in range(rows)]

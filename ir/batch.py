@@ -45,6 +45,10 @@ def _by_rows(node: Node, operands: list[TensorType], symbol: str) -> bool:
         return (axis is None or axis % out.rank != 0) and all(_broadcasts(t, out, symbol) for t in operands)
     if isinstance(op, _ROWWISE):
         return _leads(operands[0], symbol) and not any(_leads(t, symbol) for t in operands[1:])
+    if isinstance(op, ops.DynamicQuantize):
+        return out.rank > 1
+    if isinstance(op, ops.GroupLinear):  # codes and their scales come by rows, the weights do not
+        return all(_leads(t, symbol) for t in operands[:2]) and not any(_leads(t, symbol) for t in operands[2:])
     if isinstance(op, (ops.MatMul, ops.IntMatMul, ops.SmallMatMul, ops.Attention)):
         return out.rank > 2 and all(_broadcasts(t, out, symbol) for t in operands)
     if isinstance(op, ops.Gather):

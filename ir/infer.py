@@ -10,7 +10,7 @@ from itertools import combinations_with_replacement
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
-from bitwright.ir.types import BOOL, S64, Dim, DType, TensorType, bind_dim, symbols_of
+from bitwright.ir.types import BF16, BOOL, F32, S8, S64, U8, Dim, DType, TensorType, bind_dim, symbols_of
 
 _PRIMES = ((1009, 1151, 1301, 1451, 1601, 1753), (2003, 2153, 2309, 2459, 2609, 2767))
 """Two sizes for each symbol: a result size that scales with both is a multiple of the symbol."""
@@ -123,8 +123,25 @@ def _check_dtypes(op: ops.Op, types: tuple[TensorType, ...]) -> None:
         same = types[1:]
     elif isinstance(op, ops.Concat):
         same = types
+    elif isinstance(op, ops.DynamicQuantize | ops.GroupLinear):
+        _check_dynamic(op, types)
     if len({t.dtype for t in same}) > 1:
         raise InferenceError(f"{op.spelling} needs operands of one dtype, got {', '.join(map(str, types))}")
+
+
+def _check_dynamic(op: ops.Op, types: tuple[TensorType, ...]) -> None:
+    """Formats of codes found at run time and of what is made of them."""
+    first, kinds = types[0].dtype, [t.dtype for t in types]
+    if isinstance(op, ops.DynamicQuantize):
+        if first != F32 or op.dtype not in (S8, U8):
+            raise InferenceError(f"{op.spelling} makes s8 or u8 of f32, not {op.dtype} of {first}")
+        return
+    weights = [k for k in (kinds[2], *kinds[4:]) if not k.is_integer or k.bits > 8]
+    if first != S8 or kinds[1] != F32 or kinds[3] not in (F32, BF16) or weights:
+        given = ", ".join(map(str, types))
+        raise InferenceError(
+            f"{op.spelling} takes s8 codes, an f32 scale, integer weights and their f32 or bf16 scales, got {given}"
+        )
 
 
 def result_dtypes(op: ops.Op, types: tuple[TensorType, ...]) -> tuple[DType, ...]:
@@ -135,6 +152,10 @@ def result_dtypes(op: ops.Op, types: tuple[TensorType, ...]) -> tuple[DType, ...
         return (op.acc,)
     if isinstance(op, ops.Dequantize):
         return (types[1].dtype,)
+    if isinstance(op, ops.DynamicQuantize):
+        return (op.dtype, F32)
+    if isinstance(op, ops.GroupLinear):
+        return (F32,)
     if isinstance(op, ops.ArgReduce):
         return (S64,)
     if isinstance(op, ops.TopK):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bitwright.ir.types import S32, Dim, DType, small_float
+from bitwright.ir.types import S8, S32, Dim, DType, small_float
 
 if TYPE_CHECKING:
     from bitwright.ir.graph import Graph
@@ -179,6 +179,17 @@ class Requantize(Op):
 
 
 @dataclass(frozen=True)
+class DynamicQuantize(Op):
+    """x[..., K] to 8-bit codes [..., K] and one scale per row [..., 1] (f32), found at run time: scale is max|x| / 127,
+    the code round_half_even(x * (127 / max|x|)); ``dtype`` u8 holds the code + 128. A row whose maximum is below 2^-120
+    has codes of zero; one with a NaN or an infinity too, and its scale is NaN."""
+
+    name = "dynamic_quantize"
+    results = 2
+    dtype: DType = S8
+
+
+@dataclass(frozen=True)
 class Saturate(Op):
     """Clamp to [max(lo, dtype.lo), min(hi, dtype.hi)] and convert an integer tensor to ``dtype``."""
 
@@ -294,6 +305,19 @@ class IntConv(Op):
     acc: DType = S32
     partial: DType | None = None
     every: int = 0
+
+
+@dataclass(frozen=True)
+class GroupLinear(Op):
+    """Linear of codes with a weight scale for every ``group`` consecutive inputs (0: all of them) of each output.
+
+    x[..., K] (s8), x_scale[..., 1] (f32), w[O, K] (integers up to 8 bits), w_scale[O, K/group] (f32 or bf16), [w_zero,
+    integers as w_scale]. Sums of x * (w - w_zero) are exact (s32) within a group; times the scale they are added in f32
+    in order of the groups; the total is multiplied by x_scale: f32[..., O]."""
+
+    name = "group_linear"
+    arity = (4, 5)
+    group: int = 0
 
 
 M7E4_PRODUCT, M7E4_SUM = small_float(4, 7, 12), small_float(4, 7, 10)
@@ -629,9 +653,9 @@ POINTWISE: tuple[type[Op], ...] = (
 )  # fmt: skip
 SMALL_FLOAT: tuple[type[Op], ...] = (SmallLinear, SmallMatMul, SmallConv)
 CONTRACTION: tuple[type[Op], ...] = (
-    Linear, MatMul, Conv, ConvTranspose, IntLinear, IntMatMul, IntConv, *SMALL_FLOAT,
+    Linear, MatMul, Conv, ConvTranspose, IntLinear, IntMatMul, IntConv, GroupLinear, *SMALL_FLOAT,
 )  # fmt: skip
-INTEGER: tuple[type[Op], ...] = (IntLinear, IntMatMul, IntConv, Requantize, Saturate)
+INTEGER: tuple[type[Op], ...] = (IntLinear, IntMatMul, IntConv, GroupLinear, Requantize, Saturate)
 
 
 def _subclasses(base: type[Op]) -> list[type[Op]]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from bitwright.ir import ops
+from bitwright.ir.semantics_dynamic import DYNAMIC_MEANING
 from bitwright.ir.semantics_index import INDEX_MEANING
 from bitwright.ir.semantics_random import RANDOM_MEANING
 from bitwright.ir.semantics_small_float import SMALL_FLOAT_MEANING
@@ -379,6 +380,7 @@ MEANING: dict[type[ops.Op], Meaning] = {
     ops.BatchNorm: _batch_norm, ops.LayerNorm: _layer_norm, ops.RmsNorm: _rms_norm, ops.GroupNorm: _group_norm,
     ops.Softmax: _softmax, ops.MaxPool: _max_pool, ops.AvgPool: _avg_pool, ops.Reduce: _reduce,
     ops.Region: _region,
+    **DYNAMIC_MEANING,
     **INDEX_MEANING,
     **RANDOM_MEANING,
     **SMALL_FLOAT_MEANING,

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("ir", "passes", "frontends", "codegen", "runtime", "src/bitwright", "examples", "docs", "benchmarks")
 MODULE_LINES, PASS_LINES = 400, 150
-LARGER = {"ir/ops.py": 660}
+LARGER = {"ir/ops.py": 700}
 """Modules that may be longer, each with its own limit: a list of declarations reads best in one place."""
 
 

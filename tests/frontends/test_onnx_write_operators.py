@@ -227,7 +227,7 @@ def test_small_floats_are_written_as_their_values() -> None:
 
 def test_every_operator_of_the_graph_level_is_in_the_table_or_has_no_form() -> None:
     without = {
-        ops.Weight, ops.Constant, ops.Region, ops.UnbiasedMask, *ops.INTEGER, *ops.SMALL_FLOAT,
+        ops.Weight, ops.Constant, ops.Region, ops.UnbiasedMask, ops.DynamicQuantize, *ops.INTEGER, *ops.SMALL_FLOAT,
     }  # fmt: skip
     known = {cls for cls, _ in ops.spellings().values()}
     assert known - without == set(HANDLERS)

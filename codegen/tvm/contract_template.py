@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,11 +11,14 @@ from functools import cache
 import numpy as np
 
 from bitwright.codegen.cost import stored_bits, unpacking
+from bitwright.codegen.tuning.space import Knob, Point, Setting, Space
 from bitwright.codegen.tvm import contract
+from bitwright.codegen.tvm.contract.space import knobs_of, moved, point_of, rules_of
 from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, Element, Knobs, Matrix
 from bitwright.codegen.tvm.epilogue import PointwiseEpilogue
 from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
 from bitwright.ir import ops
+from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.patterns import tightest_keeps, violation
 from bitwright.ir.target import Target, in_bytes
@@ -53,6 +57,9 @@ class Contract(Template):
     name = "contract"
 
     def configure(self, body: Graph, constants: Mapping[str, Array], target: Target) -> Config | Refused:
+        return self.at(body, constants, target, {})
+
+    def at(self, body: Graph, constants: Mapping[str, Array], target: Target, point: Point) -> Config | Refused:
         root = root_of(body)
         if root is None:
             return Refused("not a contraction with a pointwise epilogue")
@@ -61,11 +68,16 @@ class Contract(Template):
         position = {v.name: i for i, v in enumerate(body.inputs)}
         if any(x not in position for x in root.inputs):
             return Refused("an operand of the contraction is a literal")
-        spec = _spec_of(body, root, constants)
-        if isinstance(spec, Refused):
-            return spec
+        plain = _spec_of(body, root, constants)
+        if isinstance(plain, Refused):
+            return plain
         weight = constants.get(root.inputs[1])
-        spec, reason = _with_pattern(spec, body.types[root.inputs[1]], weight, target)
+        spec, reason = _with_pattern(plain, body.types[root.inputs[1]], weight, target)
+        if (asked := str(point.get("kernel", _label(spec.pattern)))) != _label(spec.pattern):
+            made = _as_asked(plain, weight, asked, target)
+            if isinstance(made, Refused):
+                return made
+            spec, reason = made
         isa = target.isa
         if why := contract.supports(spec, isa):
             return Refused(why)
@@ -73,18 +85,12 @@ class Contract(Template):
         if why := epilogue.refusal():
             return Refused(f"epilogue: {why}")
         narrow = getattr(root.op, "partial", None) == S16
-        declared = body.types[root.inputs[1]].dtype
-        form = unpacking(body, target) if spec.element == "u8s8" else "bytes"
-        bits = 8 if form == "bytes" else stored_bits(declared)
-        knobs = contract.knobs(spec, isa, weight, narrow=narrow, bits=bits, panel=form == "panel")
-        again = ", once for all rows of a task" if knobs.panel else ""
-        reason += (
-            f"; {bits}-bit weights unpacked in the kernel{again}"
-            if knobs.bits < 8
-            else _as_bytes(declared, knobs, spec)
-        )
-        reason += _sums(spec, knobs, isa) if narrow else ""
-        tasks, scratch, packed = _extent(spec, knobs)
+        knobs, told = _knobs(body, root, spec, weight, target, point)
+        reason += told + (_sums(spec, knobs, isa) if narrow else "")
+        try:
+            tasks, scratch, packed = _extent(spec, knobs)
+        except InvalidInput as error:
+            return Refused(str(error))
         x, w = position[root.inputs[0]], position[root.inputs[1]]
         operands = [Arg("input", x), *([Arg("input", w)] if spec.right != "constant" else [])]
         operands += [Arg("packed", i) for i in range(packed)]
@@ -94,6 +100,19 @@ class Contract(Template):
             reason=reason, spec=spec, knobs=knobs, weight=w if weight is not None else -1,
             bias=position[root.inputs[2]] if len(root.inputs) > 2 else -1, zero=getattr(root.op, "x_zero", 0),
         )  # fmt: skip
+
+    def space(self, body: Graph, constants: Mapping[str, Array], target: Target) -> Space:
+        config, root = self.configure(body, constants, target), root_of(body)
+        if not isinstance(config, ContractConfig) or root is None:
+            return Space()
+        spec, knobs = config.spec, config.knobs
+        weight = constants.get(root.inputs[1])
+        here = _label(spec.pattern)
+        default: dict[str, Setting] = {**point_of(spec, knobs), "kernel": here, "unpack": _form_of(knobs)}
+        listed = [*knobs_of(spec, knobs.isa), Knob("unpack", _unpackings(body, root, spec))]
+        held = [] if weight is None else [_label(nm) for nm in _held(spec, weight, target)]
+        listed.append(Knob("kernel", tuple(dict.fromkeys(["dense", here, *held]))))
+        return Space(default, tuple(listed), rules_of(spec, knobs))
 
     def pack(self, body: Graph, config: Config, constants: Mapping[str, Array]) -> list[Array]:
         assert isinstance(config, ContractConfig)
@@ -131,6 +150,70 @@ class Contract(Template):
             return "the packed weights do not unpack to the weights"
         pattern = body.inputs[config.weight].type.encoding
         return violation(again.reshape(weight.shape), pattern) if pattern else ""
+
+
+def _knobs(
+    body: Graph, root: Node, spec: ContractSpec, weight: Array | None, target: Target, point: Point
+) -> tuple[Knobs, str]:
+    """The knobs at a point, and what became of weights below 8 bits, for the report."""
+    declared = body.types[root.inputs[1]].dtype
+    form = point.get("unpack") or (unpacking(body, target) if spec.element == "u8s8" else "bytes")
+    bits = 8 if form == "bytes" else stored_bits(declared)
+    narrow = getattr(root.op, "partial", None) == S16
+    default = contract.knobs(spec, target.isa, weight, narrow=narrow, bits=bits, panel=form == "panel")
+    knobs = moved(default, point)
+    again = ", once for all rows of a task" if knobs.panel else ""
+    if knobs.bits < 8:
+        return knobs, f"; {knobs.bits}-bit weights unpacked in the kernel{again}"
+    return knobs, _as_bytes(declared, knobs, spec)
+
+
+def _form_of(knobs: Knobs) -> str:
+    return "panel" if knobs.panel else "registers" if knobs.bits < 8 else "bytes"
+
+
+def _unpackings(body: Graph, root: Node, spec: ContractSpec) -> tuple[str, ...]:
+    """Where weights of this format can be unpacked."""
+    low = spec.element == "u8s8" and stored_bits(body.types[root.inputs[1]].dtype) < 8 and spec.right == "constant"
+    return ("bytes", "registers", "panel") if low else ("bytes",)
+
+
+def _label(pattern: NM | None) -> str:
+    """What a point calls the kernel of a pattern.
+
+    >>> _label(None), _label(NM(2, 4, 1)), _label(NM(2, 4, 1, block=4, shared=16))
+    ('dense', '2:4', '2:4x4/16')
+    """
+    if pattern is None:
+        return "dense"
+    block = f"x{pattern.block}" if pattern.block > 1 else ""
+    return f"{pattern.keep}:{pattern.group}{block}" + (f"/{pattern.shared}" if pattern.shared > 1 else "")
+
+
+def _held(spec: ContractSpec, weight: Array, target: Target) -> list[NM]:
+    """Patterns of the target that the weights obey and that have a kernel."""
+    groups = {s.group for s in target.sparse if s.x == spec.input_dtype}
+    held = [NM(keep, group, 1) for group, keep in sorted(tightest_keeps(weight, groups, 1).items()) if keep < group]
+    return [nm for nm in held if not contract.supports(replace(spec, pattern=nm), target.isa)]
+
+
+def _as_asked(
+    spec: ContractSpec, weight: Array | None, label: str, target: Target
+) -> tuple[ContractSpec, str] | Refused:
+    """The spec with the pattern of a point, if the weights obey it."""
+    if label == "dense":
+        return spec, "dense weights" if weight is not None else "both operands are computed"
+    found = re.fullmatch(r"(\d+):(\d+)(?:x(\d+))?(?:/(\d+))?", label)
+    if weight is None or found is None:
+        return Refused(f"no kernel {label!r} here")
+    keep, group, block, shared = (int(x or 1) for x in found.groups())
+    if not 0 < keep < group:
+        return Refused(f"no pattern {label}")
+    pattern = NM(keep, group, 1, shared=shared, block=block)
+    if why := violation(weight, pattern):
+        return Refused(f"the weights do not obey {label}: {why}")
+    gain = target.sparse_gain(spec.input_dtype, pattern)
+    return replace(spec, pattern=pattern), f"{label} kernel, expected {gain:.2g}x over dense"
 
 
 def _as_bytes(declared: DType, knobs: Knobs, spec: ContractSpec) -> str:
@@ -196,9 +279,7 @@ def _with_pattern(
 
 def _wider(spec: ContractSpec, weight: Array, target: Target) -> NM | None:
     """The fastest pattern of the target that the weights obey as well, if it pays."""
-    groups = {s.group for s in target.sparse if s.x == spec.input_dtype}
-    held = [NM(keep, group, 1) for group, keep in sorted(tightest_keeps(weight, groups, 1).items())]
-    ready = [nm for nm in held if not contract.supports(replace(spec, pattern=nm), target.isa)]
+    ready = _held(spec, weight, target)
     best = max(ready, key=lambda nm: target.sparse_gain(spec.input_dtype, nm), default=None)
     return best if best is not None and target.sparse_gain(spec.input_dtype, best) >= _PAYS else None
 

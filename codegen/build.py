@@ -144,7 +144,7 @@ def select(graph: Graph, target: Target, records: Records | None = None) -> tupl
     ]
     if problems:
         raise Unsupported(problems)
-    graph = _split(graph, set(split))
+    graph = split_regions(graph, set(split))
     rest, more = select(graph, target, records)
     return rest, choices | more
 
@@ -153,7 +153,7 @@ def _computing(body: Graph) -> int:
     return sum(not isinstance(n.op, ops.Constant) for n in body.nodes)
 
 
-def _split(graph: Graph, outputs: set[str]) -> Graph:
+def split_regions(graph: Graph, outputs: set[str]) -> Graph:
     """Every node of these regions becomes a region of its own (reshapes become views)."""
     rw = Rewriter(graph)
     for node in graph.nodes:

@@ -42,14 +42,14 @@ TARGETS: dict[str, tuple[tuple[str, str, float], ...]] = {
 """Per model: ours, beginning of a peer's names (its fastest variant counts), most times as long as the peer."""
 
 
-def subject(name: str) -> peers.Subject:
-    """A model of the zoo in full size at batch 1, calibrated on three random batches."""
+def subject(name: str, rows: int = 1) -> peers.Subject:
+    """A model of the zoo in full size, calibrated on three random batches of ``rows``."""
     import torch
 
     module, inputs = zoo.ZOO[name]("full")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        batches = [_batch(name, tuple(x[:1] for x in inputs)) for _ in range(3)]
+        batches = [_batch(name, tuple(x[:1].repeat(rows, *[1] * (x.dim() - 1)) for x in inputs)) for _ in range(3)]
     calibration = [tuple(x.numpy() for x in b) for b in batches]
     return peers.Subject(name, module, batches[0], calibration, name in TRANSFORMERS)
 

@@ -48,6 +48,16 @@ ov.save_model(model, output, compress_to_fp16=False)
 """
 
 
+INT4 = """
+import sys
+import nncf, openvino as ov
+source, output, group = sys.argv[1:]
+model = ov.Core().read_model(source)
+kind = nncf.CompressWeightsMode.INT4_SYM
+ov.save_model(nncf.compress_weights(model, mode=kind, group_size=int(group), all_layers=True), output)
+"""
+
+
 @dataclass
 class Subject:
     """A model to race: ``module`` in eval mode, one call's inputs, calibration inputs in the same order."""
@@ -163,6 +173,45 @@ class Files:
         if spelled:
             inner.set_attn_implementation(before)
 
+    def exported(self) -> Path:
+        """The exported program that torch's own compilers start from."""
+
+        def make(path: Path) -> None:
+            import torch
+
+            with torch.no_grad():
+                torch.export.save(torch.export.export(self.subject.module, self.subject.inputs), str(path))
+
+        return self._made("exported.pt2", make)
+
+    def int4_onnxruntime(self, group: int = 128) -> Path:
+        """Linear layers as MatMulNBits: 4-bit weights with a scale a group, activations in 8 bits on the fly."""
+
+        def make(path: Path) -> None:
+            import onnx
+            from onnxruntime.quantization import (  # type: ignore[import-untyped,unused-ignore]
+                matmul_nbits_quantizer as q,
+            )
+
+            options = {"block_size": group, "is_symmetric": True, "accuracy_level": 4}
+            quantizer = q.MatMulNBitsQuantizer(onnx.load(str(self.opset14())), **options)
+            quantizer.process()
+            quantizer.model.save_model_to_file(str(path))
+
+        return self._made(f"int4-{group}.onnx", make)
+
+    def int4_openvino(self, group: int = 128) -> Path | None:
+        """nncf's weight compression; None without an interpreter that has it."""
+        python = os.environ.get("BITWRIGHT_NNCF_PYTHON")
+        if not python:
+            return None
+
+        def make(path: Path) -> None:
+            line = [python, "-c", INT4, str(self.opset14()), str(path), str(group)]
+            subprocess.run(line, check=True, capture_output=True)
+
+        return self._made(f"int4-{group}.xml", make)
+
     def deepsparse(self, kind: str = "", *, integers: bool = True) -> Path:
         """The model in DeepSparse's own form, its weights pruned in a way of :func:`deepsparse_form.pruned`."""
         from deepsparse_form import Form, ranges_of
@@ -249,7 +298,7 @@ def onnxruntime_call(path: Path, arrays: Sequence[Array], *, disable: Sequence[s
 
 def openvino_call(path: Path, arrays: Sequence[Array], *, precision: str = "f32") -> Call:
     """A latency request on one thread, inputs and outputs shared."""
-    import openvino as ov  # type: ignore[import-untyped,unused-ignore]
+    import openvino as ov  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     settings = {
         "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False,

@@ -72,6 +72,14 @@ VPMADDWD_256 = Instruction(
     (VecType(S16, 16), VecType(S16, 16)),
     _maddw,
 )
+PMADDWD_128 = Instruction(
+    "pmaddwd.128",
+    "llvm.x86.sse2.pmadd.wd",
+    "sse2",
+    VecType(S32, 4),
+    (VecType(S16, 8), VecType(S16, 8)),
+    _maddw,
+)
 VPMADDUBSW_512 = Instruction(
     "vpmaddubsw.512",
     "llvm.x86.avx512.pmaddubs.w.512",
@@ -92,6 +100,9 @@ VPSHUFB_512 = Instruction(
     "vpshufb.512", "llvm.x86.avx512.pshuf.b.512", "avx512bw", _bytes(64), (_bytes(64), _bytes(64)), _pshufb
 )
 VPSHUFB_256 = Instruction("vpshufb.256", "llvm.x86.avx2.pshuf.b", "avx2", _bytes(32), (_bytes(32), _bytes(32)), _pshufb)
+VPSHUFB_128 = Instruction(
+    "vpshufb.128", "llvm.x86.ssse3.pshuf.b.128", "ssse3", _bytes(16), (_bytes(16), _bytes(16)), _pshufb
+)
 VPERMB_512 = Instruction(
     "vpermb.512",
     "llvm.x86.avx512.permvar.qi.512",
@@ -124,10 +135,12 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     VPDPBUSD_256,
     VPMADDUBSW_256,
     VPMADDWD_256,
+    PMADDWD_128,
     VPMADDUBSW_512,
     VPMADDWD_512,
     VPSHUFB_512,
     VPSHUFB_256,
+    VPSHUFB_128,
     VPERMB_512,
     VPERMPS_512,
     VPERMPS_256,

@@ -19,11 +19,13 @@ from bitwright.codegen.tvm.contract.choose import (
     terms_between_spills,
     unsafe_sums,
 )
+from bitwright.codegen.tvm.contract.compact import is_shared
 from bitwright.codegen.tvm.contract.depthwise import emit_depthwise, pack_depthwise, unpack_depthwise
 from bitwright.codegen.tvm.contract.emit import contraction, emit_packed
 from bitwright.codegen.tvm.contract.epilogue import Epilogue, EpilogueParam, StoreAcc
 from bitwright.codegen.tvm.contract.packing import pack_weights, unpack_weights
 from bitwright.codegen.tvm.contract.runtime_right import emit_runtime_right
+from bitwright.codegen.tvm.contract.shared import emit_shared, pack_shared, unpack_shared
 from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, KernelFunc, Knobs, Matrix
 from bitwright.ir.errors import InvalidInput
 
@@ -66,6 +68,8 @@ def pack(
         raise InvalidInput(why)
     if is_depthwise(spec):
         arrays = pack_depthwise(spec, knobs, np.asarray(weight, spec.weight_dtype.numpy))
+    elif is_shared(spec):
+        arrays = pack_shared(spec, knobs, weight, mask)
     else:
         made = contraction(spec, knobs)
         arrays = pack_weights(spec, made.stored, made.layout, weight, mask)
@@ -81,6 +85,8 @@ def unpack(spec: ContractSpec, knobs: Knobs, arrays: list[Array]) -> tuple[Array
     _check(spec, knobs)
     if is_depthwise(spec):
         return unpack_depthwise(spec, knobs, arrays)
+    if is_shared(spec):
+        return unpack_shared(spec, knobs, arrays)
     made = contraction(spec, knobs)
     return unpack_weights(spec, made.stored, made.layout, arrays)
 
@@ -92,6 +98,8 @@ def emit(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str) -> Ker
         return emit_runtime_right(spec, knobs, epilogue, name)
     if is_depthwise(spec):
         return emit_depthwise(spec, knobs, epilogue, name)
+    if is_shared(spec):
+        return emit_shared(spec, knobs, epilogue, name)
     return emit_packed(spec, knobs, epilogue, name)
 
 

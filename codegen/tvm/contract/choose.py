@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.codegen.tvm.contract.compact import compacted, compaction, compaction_of, dense_spec, is_shared
 from bitwright.codegen.tvm.contract.depthwise import MAX_TAPS, height_of
 from bitwright.codegen.tvm.contract.engine import engine_of
 from bitwright.codegen.tvm.contract.lowbit import refusal
@@ -56,6 +58,9 @@ def supports(spec: ContractSpec, isa: Isa) -> str | None:
         return f"pad value {spec.pad_value} is no u8" + (f" up to {spec.x_hi}" if spec.x_hi < U8.hi else "")
     if is_depthwise(spec):
         return "depthwise kernels have no sparse form: there is nothing to skip" if spec.pattern else None
+    if is_shared(spec):
+        found = compaction_of(spec, isa)
+        return found if isinstance(found, str) else None
     engine = engine_of(spec, Knobs(isa, 1, 1))
     plan = plan_of(spec, engine.quad, engine.selector)
     return None if isinstance(plan, Plan) else plan
@@ -91,7 +96,15 @@ def _too_large(spec: ContractSpec) -> str | None:
 def pairs_are_safe(spec: ContractSpec, weight: NDArray[Any]) -> bool:
     """Whether pmaddubsw cannot saturate, whatever the activations: for the pairs as they are packed (depthwise, where
     pairs depend on the tile: for any two weights)."""
-    return _safe_steps(spec, weight, 1) > 0
+    return _safe_steps(*_behind_compaction(spec, "avx2", weight), 1) > 0
+
+
+def _behind_compaction(spec: ContractSpec, isa: Isa, weight: NDArray[Any]) -> tuple[ContractSpec, NDArray[Any]]:
+    """The product whose sums are taken: with shared patterns the dense one over compacted activations."""
+    if not is_shared(spec):
+        return spec, weight
+    made = compaction(spec, isa)
+    return dense_spec(spec, made, spec.cols), compacted(spec, made, weight)[0]
 
 
 def _safe_steps(spec: ContractSpec, weight: NDArray[Any], most: int) -> int:
@@ -125,6 +138,8 @@ def default_knobs(
     as they are proven to fit. ``bits``: what a packed weight shall take (8 where no kernel unpacks fewer),
     in registers or by ``panel``.
     """
+    if is_shared(spec):
+        return _shared_knobs(spec, isa, weight, narrow, bits)
     steps, most = 0, spec.depth if narrow else 1
     if isa == "avx2" and spec.element == "u8s8" and weight is not None:
         steps = _safe_steps(spec, weight, most)
@@ -156,10 +171,30 @@ def default_knobs(
     return Knobs(isa, rows, vectors, blocks, safe, compact, prefetch, spill, bits, panel)
 
 
+def _shared_knobs(spec: ContractSpec, isa: Isa, weight: NDArray[Any] | None, narrow: bool, bits: int) -> Knobs:
+    """Those of the dense product behind the compaction, with panels that divide a block of outputs."""
+    made = compaction(spec, isa)
+    if weight is not None:
+        weight = compacted(spec, made, weight)[0]
+    inner = dense_spec(spec, made, spec.cols)
+    found = default_knobs(inner, isa, weight, narrow=narrow, bits=bits)
+    block, lanes = min(made.outputs, spec.cols // spec.groups), LANES[isa]
+    needed, rows, vectors = ceil(block / lanes), found.rows, found.vectors
+    if isa == "avx512-vnni":
+        rows, vectors = _dense_512(inner, needed)
+    if made.outputs // lanes % vectors:
+        vectors = next(v for v in range(vectors, 0, -1) if made.outputs // lanes % v == 0)
+    rows = min(rows, spec.rows)
+    tasks = spec.groups * made.units(spec.cols // spec.groups)
+    blocks = max(1, min(ceil(TASKS / tasks), spec.rows // rows))
+    return replace(found, rows=rows, vectors=vectors, row_blocks=blocks, prefetch=False)
+
+
 def unsafe_sums(spec: ContractSpec, knobs: Knobs, weight: NDArray[Any]) -> str:
     """Why the 16-bit sums of these knobs are not exact for these weights; the empty string if they are."""
     if knobs.isa != "avx2" or spec.element != "u8s8" or is_depthwise(spec) or not knobs.safe_pairs:
         return "16-bit sums need the pairs of u8 x s8 products that AVX2 kernels with safe_pairs make"
+    spec, weight = _behind_compaction(spec, knobs.isa, weight)
     plan = contraction_plan(spec, knobs)
     needed = min(knobs.spill * len(plan.block.steps), plan.steps)
     steps = _safe_steps(spec, weight, needed)
@@ -170,7 +205,11 @@ def unsafe_sums(spec: ContractSpec, knobs: Knobs, weight: NDArray[Any]) -> str:
 
 def terms_between_spills(spec: ContractSpec, knobs: Knobs) -> int:
     """Products that a 16-bit sum takes before it is added to a 32-bit one; 0 without 16-bit sums."""
-    return terms_of(contraction_plan(spec, knobs), knobs.spill) if knobs.spill else 0
+    if not knobs.spill:
+        return 0
+    if is_shared(spec):
+        spec = dense_spec(spec, compaction(spec, knobs.isa), spec.cols)
+    return terms_of(contraction_plan(spec, knobs), knobs.spill)
 
 
 def _prefetch_pays(spec: ContractSpec, isa: Isa, rows: int, bits: int) -> bool:

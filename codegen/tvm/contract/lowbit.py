@@ -34,7 +34,8 @@ def refusal(spec: ContractSpec, knobs: Knobs) -> str:
     if isinstance(g, Conv) and g.is_depthwise:
         return "depthwise kernels read their few weights as bytes"
     if knobs.panel:
-        return ""
+        shared = spec.pattern is not None and spec.pattern.shared > 1
+        return "kernels that compact activations unpack weights in registers only" if shared else ""
     if knobs.isa == "avx2" and not knobs.safe_pairs:
         return "AVX2 kernels unpack weights only where pairs of products are proven to fit 16 bits"
     if scaled(knobs) and spec.depth * max(spec.x_hi, 1) >= 1 << 24:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import ceil, prod
 
 from bitwright.codegen.tvm.contract.engine import Engine, Generic, Operand, PairBytes
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
@@ -37,7 +37,8 @@ class Streams:
 class Place:
     """Where a tile is: output row and column, activation index per row, weight and index base, valid columns.
 
-    ``ahead``: distance from the weights of a step to ``lines`` cache lines that the tile fetches for later.
+    ``ahead``: distance from the weights of a step to ``lines`` cache lines that the tile fetches for later;
+    ``fetch``: activations (pointer, first, how many to an activation that the tile reads) to fetch for a later tile.
     """
 
     row: Index
@@ -49,6 +50,7 @@ class Place:
     cols: int
     ahead: Index = 0
     lines: int = 0
+    fetch: tuple[Pointer, Index, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ class _Tile:
             for line in range(self.place.lines if part == 0 else 0):
                 stream = writer.streams.weights
                 writer.b.prefetch(stream, here.weights + self.place.ahead + line * (LINE // width(stream.dtype)))
+            if part == 0:
+                self._fetch(block, vector, at)
             if not writer.plan.sparse:
                 self._dense_step(here if not step.start else replace(here, x=[i + step.start for i in at.x]))
             elif isinstance(engine, Generic):
@@ -181,6 +185,17 @@ class _Tile:
                     start, reach = step.start, self._reach(block, step.start)
                     windows = [engine.window(writer.b, writer.streams.x, i + start, reach) for i in at.x]
                 self._select_step(step, windows, here)
+
+    def _fetch(self, block: Block, vector: int, at: Cursor) -> None:
+        """Ask for the cache lines of ``place.fetch`` that are this step's share."""
+        if self.place.fetch is None:
+            return
+        x, start, times = self.place.fetch
+        step = block.advance // self.writer.plan.weight_vectors(block)
+        first = start + (at.x[0] - self.place.x[0] + vector * step) * times
+        line = LINE // width(x.dtype)
+        for n in range(ceil(step * times / line)):
+            self.writer.b.prefetch(x, first + n * line)
 
     def _dense_step(self, at: Cursor) -> None:
         engine, b, x = self.writer.engine, self.writer.b, self.writer.streams.x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -128,9 +129,29 @@ BINARIES = [ops.Binary(fn) for fn in sorted(ops.BINARY)]
 def test_float_unary(isa: Any, name: str) -> None:
     dtype = parse_dtype(name)
     x, types = values(dtype), [TensorType(dtype, (N,))]
-    circle = [ops.Unary(fn) for fn in ("sin", "cos", "tan", "gelu")]  # torch: gelu(inf) is nan
+    circle = [ops.Unary(fn) for fn in ("sin", "cos", "tan", "gelu", "gelu_tanh")]  # torch: nan at infinity
     check_all([op for op in PLAIN + OTHERS if op not in circle], [x], types, isa)
     check_all([*circle, ops.Cast(U64)], [np.where(abs(x) < 1e4, abs(x), np.array(2.0, x.dtype))], types, isa)
+
+
+@pytest.mark.parametrize("isa", [x for x in h.ISAS if h.runnable(x)])
+def test_gelu_error(isa: Any) -> None:
+    """The bounds that vecmath states, against f64; beyond the fitted range and at infinity it is relu."""
+    x = np.concatenate(
+        [np.linspace(-9, 9, 40001), [0.0, -0.0, 1e-30, -1e-30, 1e4, -1e30, 1e30, np.inf, -np.inf, np.nan]]
+    )
+    x = x.astype(np.float32)
+    body, _ = bodies([ops.Unary("gelu"), ops.Unary("gelu_tanh")], [TensorType(parse_dtype("f32"), (len(x),))])
+    got = h.run_template(Elementwise(), body, [x], h.target(isa))
+    wide = x[:-3].astype(np.float64)
+    erf = np.array([math.erf(v * math.sqrt(0.5)) for v in wide])
+    tanh = np.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))
+    for have, cdf, bound in zip(got, (erf, tanh), (9e-7, 6e-7), strict=True):
+        error = np.abs(have[:-3] - wide * 0.5 * (1 + cdf)) / np.maximum(1, np.abs(wide))
+        assert error.max() < bound
+        assert have[-3] == np.inf
+        assert abs(have[-2]) < bound
+        assert np.isnan(have[-1])
 
 
 @pytest.mark.parametrize(("isa", "name"), isas(INTEGERS))

@@ -15,6 +15,7 @@ from bitwright.codegen.tuning.space import Knob, Point, Setting, Space
 from bitwright.codegen.tvm import contract
 from bitwright.codegen.tvm.contract.space import knobs_of, moved, point_of, rules_of
 from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, Element, Knobs, Matrix
+from bitwright.codegen.tvm.dyadic import Form, forms
 from bitwright.codegen.tvm.epilogue import PointwiseEpilogue
 from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
 from bitwright.ir import ops
@@ -38,6 +39,8 @@ class ContractConfig(Config):
     weight: int = -1
     bias: int = -1
     zero: int = 0
+    forms: tuple[tuple[str, Form], ...] = ()
+    """How requantizations are computed."""
 
     def kernel_key(self) -> str:
         return repr(replace(self, reason="", zero=0))
@@ -81,7 +84,8 @@ class Contract(Template):
         isa = target.isa
         if why := contract.supports(spec, isa):
             return Refused(why)
-        epilogue = PointwiseEpilogue(body, root, target.isa)
+        short = forms(body, root, constants)
+        epilogue = PointwiseEpilogue(body, root, target.isa, short)
         if why := epilogue.refusal():
             return Refused(f"epilogue: {why}")
         narrow = getattr(root.op, "partial", None) == S16
@@ -99,6 +103,7 @@ class Contract(Template):
             tasks=tasks, scratch_bytes=scratch, args=tuple(operands), isa=target.isa, mcpu=target.mcpu,
             reason=reason, spec=spec, knobs=knobs, weight=w if weight is not None else -1,
             bias=position[root.inputs[2]] if len(root.inputs) > 2 else -1, zero=getattr(root.op, "x_zero", 0),
+            forms=short,
         )  # fmt: skip
 
     def space(self, body: Graph, constants: Mapping[str, Array], target: Target) -> Space:
@@ -119,14 +124,15 @@ class Contract(Template):
         if config.weight < 0:
             return []
         weight = constants[body.inputs[config.weight].name]
-        init = _initial(config, weight, body, constants) if config.spec.init else None
+        init = initial(config, weight, body, constants) if config.spec.init else None
         return contract.pack(config.spec, config.knobs, weight, init=init)
 
     def emit(self, body: Graph, config: Config, symbol: str) -> object:
         assert isinstance(config, ContractConfig)
         root = root_of(body)
         assert root is not None
-        return contract.emit(config.spec, config.knobs, PointwiseEpilogue(body, root, config.isa), symbol).primfunc
+        epilogue = PointwiseEpilogue(body, root, config.isa, config.forms)
+        return contract.emit(config.spec, config.knobs, epilogue, symbol).primfunc
 
     def kernel_body(self, body: Graph) -> Graph:
         """The body without what is in packed constants or in the knobs (the zero point, the length of partial sums):
@@ -233,7 +239,14 @@ def _sums(spec: ContractSpec, knobs: Knobs, isa: str) -> str:
     return "; s32 sums: in the kernel's order too few terms fit 16 bits"
 
 
-def _initial(config: ContractConfig, weight: Array, body: Graph, constants: Mapping[str, Array]) -> Array:
+def epilogue_of(body: Graph, config: ContractConfig) -> PointwiseEpilogue:
+    """What follows the sums of a configured body."""
+    root = root_of(body)
+    assert root is not None
+    return PointwiseEpilogue(without_bias(body, root, config.folded), root, config.isa, config.forms)
+
+
+def initial(config: ContractConfig, weight: Array, body: Graph, constants: Mapping[str, Array]) -> Array:
     """What accumulators start from: the bias (f32), or the zero point's share -zero * sum(w) (s32)."""
     if config.spec.element == "f32":
         return np.ascontiguousarray(constants[body.inputs[config.bias].name], np.float32)

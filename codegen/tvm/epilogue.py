@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from bitwright.codegen.tvm.contract.epilogue import EpilogueParam
+from bitwright.codegen.tvm.dyadic import Form, emit_form
 from bitwright.codegen.tvm.pointwise import emit_pointwise, needs_exact, why_unsupported
 from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, const
 from bitwright.codegen.tvm.vecmath import keep
@@ -18,18 +19,21 @@ from bitwright.ir.types import TensorType
 _SCALED = (ops.Quantize, ops.Dequantize, ops.Requantize)
 _HEAVY = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish pow sin cos tan".split())
 _WEIGHT = {ops.Requantize: 8, ops.Quantize: 3}
+_FORM_WEIGHT = {"shift": 2, "low": 4, "high": 8}
 
 
 @dataclass(frozen=True)
 class PointwiseEpilogue:
     """Evaluates the pointwise nodes of ``body`` behind ``root`` on each vector of accumulators and stores the result.
 
-    ``operands`` are the positions of the body's inputs it reads, in the order of its parameters.
+    ``operands`` are the positions of the body's inputs it reads, in the order of its parameters. ``forms``: the
+    requantizations that need no 64-bit lanes, by their result.
     """
 
     body: Graph
     root: Node
     isa: str = "portable"
+    forms: tuple[tuple[str, Form], ...] = ()
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
@@ -50,8 +54,12 @@ class PointwiseEpilogue:
 
     @property
     def heavy(self) -> bool:
-        steps = sum(10 if getattr(n.op, "fn", "") in _HEAVY else _WEIGHT.get(type(n.op), 1) for n in self.nodes)
-        return steps > 10
+        forms = {name: _FORM_WEIGHT[form.kind] for name, form in self.forms}
+        costs = [
+            10 if getattr(n.op, "fn", "") in _HEAVY else forms.get(n.output, _WEIGHT.get(type(n.op), 1))
+            for n in self.nodes
+        ]
+        return sum(costs) > 10
 
     def refusal(self) -> str:
         """Why this program cannot run as an epilogue, or the empty string."""
@@ -72,7 +80,7 @@ class PointwiseEpilogue:
     def store(self, b: Builder, pointers: Mapping[str, Pointer], acc: Vec, row: Index, col: Index, valid: int) -> None:
         values: dict[str, Vec] = {self.root.output: keep(b, acc)}
         position = {v.name: i for i, v in enumerate(self.body.inputs)}
-        exact = needs_exact(self.body)
+        exact, forms = needs_exact(self.body), dict(self.forms)
         for n in self.body.nodes:
             if n is self.root:
                 continue
@@ -83,7 +91,11 @@ class PointwiseEpilogue:
                 if x not in values:
                     t = self.body.inputs[position[x]].type
                     values[x] = keep(b, self._load(b, pointers[f"e{position[x]}"], t, row, col, acc.lanes))
-            result = emit_pointwise(b, n.op, [values[x] for x in n.inputs], isa=self.isa, exact=exact)
+            args = [values[x] for x in n.inputs]
+            if isinstance(n.op, ops.Requantize) and n.output in forms:
+                result = emit_form(b, n.op, args[0], args[1], args[2], forms[n.output])
+            else:
+                result = emit_pointwise(b, n.op, args, isa=self.isa, exact=exact)
             values[n.output] = keep(b, result)
         cols = int(self.root.type.shape[-1])
         b.store(pointers["out"], row * cols + col, values[self.body.outputs[0]], valid)

@@ -15,18 +15,20 @@ from bitwright.ir.weights import Array
 
 SAFE = 1 << 30
 """Bound on every s32 intermediate: the sum of two still fits."""
+SMALL, SMALL_BITS = 256, 22
+"""Operands up to here get multipliers of so many bits: their products fit 32 bits, which kernels make use of."""
 
 
-def dyadic(factor: Array) -> tuple[Array, Array]:
-    """m and e with factor ~ m / 2^e, 2^30 <= m < 2^31 where e allows (1 <= e <= 62); relative error below 2^-31.
+def dyadic(factor: Array, bits: int = 31) -> tuple[Array, Array]:
+    """m and e with factor ~ m / 2^e, m of ``bits`` bits where e allows (1 <= e <= 62); relative error below 2^-bits.
 
     >>> [int(v) for v in (*dyadic(np.array(0.5)), *dyadic(np.array(3.0)))]
     [1073741824, 31, 1610612736, 29]
     """
     factor = factor.astype(np.float64)
-    e = np.minimum(31 - np.frexp(factor)[1].astype(np.int64), 62)  # below 2^-31 the multiplier loses digits
+    e = np.minimum(bits - np.frexp(factor)[1].astype(np.int64), 62)  # below 2^-31 the multiplier loses digits
     m = np.floor(np.ldexp(factor, e) + 0.5).astype(np.int64)
-    e, m = np.where(m == 1 << 31, e - 1, e), np.where(m == 1 << 31, 1 << 30, m)
+    e, m = np.where(m == 1 << bits, e - 1, e), np.where(m == 1 << bits, 1 << (bits - 1), m)
     return m.astype(np.int32), e.astype(np.int32)
 
 
@@ -100,12 +102,15 @@ class Emitter:
             value = self.b.emit(ops.Binary("add"), value, bias, name=f"{stem}.biased", origin=origin)
         return value
 
-    def requantize(self, value: str, factor: Array, axis: int | None, to: Grid, name: str, origin: str) -> str | None:
-        """value * factor on a grid; None when the factor is not below 2^30."""
+    def requantize(
+        self, value: str, factor: Array, axis: int | None, to: Grid, name: str, origin: str, bound: float = math.inf
+    ) -> str | None:
+        """value * factor on a grid; None when the factor is not below 2^30. ``bound``: the largest magnitude."""
         factor = np.asarray(factor, np.float64)
         if not np.isfinite(factor).all() or float(factor.max(initial=0.0)) >= SAFE:
             return None
-        (m, e), stem = dyadic(factor), name.removesuffix(".free")
+        small = bound <= SMALL and float(factor.max(initial=0.0)) < 1 << 16
+        (m, e), stem = dyadic(factor, SMALL_BITS if small else 31), name.removesuffix(".free")
         multiplier = self.integers(m, f"{stem}.multiplier", origin)
         shift = self.integers(e, f"{stem}.shift", origin)
         op = ops.Requantize(to.dtype, to.zero, axis if factor.ndim else None)
@@ -117,13 +122,21 @@ class Emitter:
         return None if low == to.dtype.lo else low, None if high == to.dtype.hi else high
 
     def land(
-        self, value: str, factor: Array, axis: int | None, to: Grid, limits: tuple[float, float], name: str, origin: str
+        self,
+        value: str,
+        factor: Array,
+        axis: int | None,
+        to: Grid,
+        limits: tuple[float, float],
+        name: str,
+        origin: str,
+        bound: float = math.inf,
     ) -> str | None:
         """:meth:`requantize`, then the clamp to real bounds if the format leaves any to do."""
         low, high = self.bounds(*limits, to)
         if low is None and high is None:
-            return self.requantize(value, factor, axis, to, name, origin)
-        free = self.requantize(value, factor, axis, to, f"{name}.free", origin)
+            return self.requantize(value, factor, axis, to, name, origin, bound)
+        free = self.requantize(value, factor, axis, to, f"{name}.free", origin, bound)
         return None if free is None else self.b.emit(ops.Saturate(to.dtype, low, high), free, name=name, origin=origin)
 
     def put(self, t: Term, to: Grid, name: str, origin: str) -> str | None:
@@ -131,7 +144,8 @@ class Emitter:
         start = self.biased(t, name, origin)
         if start is None:
             return None
-        return self.land(start, t.scale / to.step, t.axis, to, (t.lo, t.hi), name, origin)
+        bound = t.bound if t.bias is None else math.inf
+        return self.land(start, t.scale / to.step, t.axis, to, (t.lo, t.hi), name, origin, bound)
 
 
 def scalar_quantization(graph: Graph, node: Node) -> tuple[float, int] | None:

@@ -21,9 +21,10 @@ OFFSET = 128
 def _dynamic_quantize(op: ops.DynamicQuantize, x: Tensor) -> tuple[Tensor, Tensor]:
     top = x.abs().amax(-1, keepdim=True)
     usable = torch.isfinite(top) & (top >= SMALLEST)
-    inverse = torch.where(usable, 127.0 / torch.where(usable, top, 1.0), 0.0)
+    safe = torch.where(usable, top, torch.ones_like(top))
+    inverse = torch.where(usable, torch.full_like(top, 127.0) / safe, 0.0)  # 127.0 / safe would round twice
     codes = torch.nan_to_num(torch.round(x * inverse), nan=0.0).to(torch.int32)
-    scale = torch.where(torch.isfinite(top), top / 127.0, torch.nan)
+    scale = torch.where(torch.isfinite(top), top / torch.full_like(top, 127.0), torch.nan)
     return (codes + OFFSET).to(torch.uint8) if op.dtype == U8 else codes.to(torch.int8), scale
 
 

@@ -9,7 +9,6 @@ from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.types import TensorType
 
-
 _BY_ROWS = (
     ops.Linear, ops.IntLinear, ops.GroupLinear, ops.MatMul, ops.IntMatMul, ops.SmallLinear, ops.SmallMatMul,
 )  # fmt: skip

@@ -51,13 +51,15 @@ def templates() -> dict[str, Template]:
     from bitwright.codegen.tvm.contract_template import Contract
     from bitwright.codegen.tvm.elementwise import Elementwise
     from bitwright.codegen.tvm.generic import Generic
+    from bitwright.codegen.tvm.grouped.dynamic import Dynamic
+    from bitwright.codegen.tvm.grouped.template import Grouped
     from bitwright.codegen.tvm.lut import Lut
     from bitwright.codegen.tvm.move import Move
     from bitwright.codegen.tvm.pool import Pool
     from bitwright.codegen.tvm.rows import Rows
 
     known: tuple[Template, ...] = (
-        Lut(), Contract(), AttentionTemplate(), Rows(), Pool(), Move(), Elementwise(), Generic(),
+        Lut(), Grouped(), Contract(), Dynamic(), AttentionTemplate(), Rows(), Pool(), Move(), Elementwise(), Generic(),
     )  # fmt: skip
     return {t.name: t for t in known}
 

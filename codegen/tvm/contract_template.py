@@ -243,7 +243,7 @@ def epilogue_of(body: Graph, config: ContractConfig) -> PointwiseEpilogue:
     """What follows the sums of a configured body."""
     root = root_of(body)
     assert root is not None
-    return PointwiseEpilogue(without_bias(body, root, config.folded), root, config.isa, config.forms)
+    return PointwiseEpilogue(body, root, config.isa, config.forms)
 
 
 def initial(config: ContractConfig, weight: Array, body: Graph, constants: Mapping[str, Array]) -> Array:

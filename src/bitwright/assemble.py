@@ -61,13 +61,13 @@ def assemble(
     price: Price | None = None,
 ) -> Program:
     """Compile ``graph`` for ``target``; see :func:`bitwright.compile` for the arguments and errors."""
-    _refuse_broken(graph)
+    refuse_broken(graph)
     symbol, notes = batch_symbol(graph, batch)
     calibration = fit_batches(graph, calibration)
     done = lower(graph, recipe, target, calibration, dump=dump, progress=progress, price=price)
     sizes = dict.fromkeys(graph.symbols, batch)
     bound = bind_graph(done.graph, sizes) if sizes else done.graph
-    _refuse_empty(bound)
+    refuse_empty(bound)
     rows = batch if symbol else 1
     row_bytes = [_row_bytes(t, rows) if symbol else 0 for t in _port_types(bound)]
     split = len(bound.inputs)
@@ -76,7 +76,7 @@ def assemble(
         cache=cache, workers=workers, progress=progress,
     )  # fmt: skip
     errors = measure_layers(graph, done.quantized, calibration, done.context.calibration)
-    report = _report(graph, target, built, done, errors)
+    report = report_of(graph, target, built.kernels, built.graph, done, errors)
     report.notes += [*notes, *built.notes]
     report.figures = {
         "compile_seconds": time.perf_counter() - began if began else None,
@@ -119,7 +119,7 @@ def batch_symbol(graph: Graph, batch: int) -> tuple[str, list[str]]:
     return first, []
 
 
-def _refuse_broken(graph: Graph) -> None:
+def refuse_broken(graph: Graph) -> None:
     """NaN in a weight, or an infinity in a factor of a contraction, before any pass meets it."""
     factors = {x for n in graph.nodes if isinstance(n.op, ops.CONTRACTION) for x in n.inputs[:2]}
     for node in graph.nodes:
@@ -135,7 +135,7 @@ def _refuse_broken(graph: Graph) -> None:
             raise InvalidInput(f"weight {node.op.ref!r} contains {what}")
 
 
-def _refuse_empty(graph: Graph) -> None:
+def refuse_empty(graph: Graph) -> None:
     """An empty input that something reads, or an empty result, means a size of zero nobody can have wanted."""
     used = {x for n in graph.nodes for x in n.inputs} | set(graph.outputs)
     for name in [*(v.name for v in graph.inputs if v.name in used), *graph.outputs]:
@@ -226,7 +226,10 @@ def _manifest(
     )  # fmt: skip
 
 
-def _report(graph: Graph, target: Target, built: Built, done: Lowered, errors: Measured) -> Report:
+def report_of(
+    graph: Graph, target: Target, kernels: Sequence[Kernel], bound: Graph, done: Lowered, errors: Measured
+) -> Report:
+    """The record of a compilation: ``kernels`` of the kernel-level graph ``bound``, made from ``graph``."""
     passes, text = done.report, done.diffs
     rows = [
         PassRow(
@@ -239,7 +242,7 @@ def _report(graph: Graph, target: Target, built: Built, done: Lowered, errors: M
     remarks: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, place, facts in passes.remarks:
         remarks.setdefault(place, []).append((name, facts))
-    layers = [_layer(k, built.graph, target, errors, remarks) for k in built.kernels]
+    layers = [_layer(k, bound, target, errors, remarks) for k in kernels]
     seen = [Refusal(pass_name=r.pass_name, place=r.place, reason=r.reason, cure=r.cure) for r in passes.refusals]
     return Report(
         model=graph.name, target=target.name, layers=layers, passes=rows, refusals=seen, pipeline=passes.pipeline,
@@ -281,7 +284,8 @@ def _layer(
     ]
     origin = k.node.origin or next((n.origin for n in heads if n.origin), "")
     if root is not None:
-        w = body.types[root.inputs[1]]
+        behind = root.inputs[2 if isinstance(root.op, ops.GroupLinear) else 1]  # its weight, or the second operand
+        w = body.types[behind]
         formats = Formats(
             x=str(body.types[root.inputs[0]].dtype),
             w=str(w.dtype),
@@ -289,7 +293,7 @@ def _layer(
             acc=str(getattr(root.op, "acc", root.type.dtype)),
         )
         pattern, origin = str(w.encoding or ""), root.origin or origin
-        outer = dict(zip((v.name for v in body.inputs), k.node.inputs, strict=True)).get(root.inputs[1])
+        outer = dict(zip((v.name for v in body.inputs), k.node.inputs, strict=True)).get(behind)
         array = graph.constant(outer) if outer is not None else None
         kept = density(array) if isinstance(array, np.ndarray) else None
         source = graph.producers.get(outer) if outer is not None else None

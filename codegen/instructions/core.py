@@ -33,7 +33,8 @@ class Instruction:
     """One vector instruction.
 
     ``spelling`` is an LLVM intrinsic; ``operands`` are the types LLVM wants (signedness as bits are read by
-    ``meaning``); ``feature`` is the CPU feature that must be present (as /proc/cpuinfo names it).
+    ``meaning``); ``feature`` is the CPU feature that must be present (as /proc/cpuinfo names it). Where TVM cannot
+    pass the types (bf16), ``wrapper`` is LLVM IR of a function of that name which takes bf16 operands as s32 pairs.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Instruction:
     result: VecType
     operands: tuple[VecType, ...]
     meaning: Callable[..., Array]
+    wrapper: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}: ({', '.join(map(str, self.operands))}) -> {self.result} [{self.feature}]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bitwright.codegen.instructions.core import Array, Instruction, VecType
-from bitwright.ir.types import F32, S8, S16, S32, U8
+from bitwright.ir.types import BF16, F32, S8, S16, S32, U8
 
 
 def _dot4(acc: Array, a: Array, w: Array) -> Array:
@@ -38,6 +38,12 @@ def _fma(a: Array, b: Array, c: Array) -> Array:
     return np.asarray(exact, np.float32)
 
 
+def _dot_bf16(acc: Array, a: Array, b: Array) -> Array:
+    a, b = (x.astype(np.longdouble).reshape(-1, 2) for x in (a, b))
+    odd = np.asarray(acc.astype(np.longdouble) + a[:, 1] * b[:, 1], np.float32)
+    return np.asarray(odd.astype(np.longdouble) + a[:, 0] * b[:, 0], np.float32)
+
+
 def _bytes(n: int) -> VecType:
     return VecType(S8, n)
 
@@ -56,6 +62,24 @@ def _dpbusd(bits: int, feature: str) -> Instruction:
 
 VPDPBUSD_512 = _dpbusd(512, "avx512_vnni")
 VPDPBUSD_256 = _dpbusd(256, "avx_vnni")
+_DOT_BF16 = """
+define internal <16 x float> @bitwright_vdpbf16ps_512(<16 x float> %acc, <16 x i32> %a, <16 x i32> %b) alwaysinline {
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %acc, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+"""
+VDPBF16PS_512 = Instruction(
+    "vdpbf16ps.512",
+    "bitwright_vdpbf16ps_512",
+    "avx512_bf16",
+    VecType(F32, 16),
+    (VecType(F32, 16), VecType(BF16, 32), VecType(BF16, 32)),
+    _dot_bf16,
+    _DOT_BF16,
+)
 VPMADDUBSW_256 = Instruction(
     "vpmaddubsw.256",
     "llvm.x86.avx2.pmadd.ub.sw",
@@ -133,6 +157,7 @@ FMA_256 = Instruction("vfmadd.ps.256", "llvm.fma.v8f32", "fma", VecType(F32, 8),
 INSTRUCTIONS: tuple[Instruction, ...] = (
     VPDPBUSD_512,
     VPDPBUSD_256,
+    VDPBF16PS_512,
     VPMADDUBSW_256,
     VPMADDWD_256,
     PMADDWD_128,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bitwright.codegen.targets import x86
+from bitwright.codegen.targets.x86_bf16 import AVX512_BF16
 from bitwright.ir.errors import InvalidInput, did_you_mean
 from bitwright.ir.target import Target
 
-BUILTIN: dict[str, Target] = {t.name: t for t in (x86.AVX512_VNNI, x86.AVX_VNNI, x86.AVX2, x86.PORTABLE)}
+BUILTIN: dict[str, Target] = {t.name: t for t in (AVX512_BF16, x86.AVX512_VNNI, x86.AVX_VNNI, x86.AVX2, x86.PORTABLE)}
 
 
 def names() -> list[str]:

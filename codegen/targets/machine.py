@@ -16,7 +16,7 @@ from bitwright.codegen.cache import default_directory
 from bitwright.codegen.link import find_compiler
 from bitwright.ir.errors import BitwrightError
 from bitwright.ir.target import Rate, Target
-from bitwright.ir.types import F32, S8, S32, U8
+from bitwright.ir.types import BF16, F32, S8, S32, U8
 
 _VERSION = 2
 
@@ -177,7 +177,9 @@ def measured(target: Target) -> Target:
             pass
     faster = found["int8"] / (target.rate(U8, S8) or found["int8"])  # narrow sums keep their gain
     narrow = [replace(r, ops_per_second=r.ops_per_second * faster) for r in target.rates if r.terms > 1]
-    rates = (Rate(U8, S8, S32, found["int8"]), Rate(F32, F32, F32, found["f32"]), *narrow)
+    floats = found["f32"] / (target.rate(F32, F32) or found["f32"])  # those of bf16 keep their ratio
+    halves = [replace(r, ops_per_second=r.ops_per_second * floats) for r in target.rates if r.x == BF16]
+    rates = (Rate(U8, S8, S32, found["int8"]), Rate(F32, F32, F32, found["f32"]), *halves, *narrow)
     return replace(
         target, rates=rates, cache_bandwidth=found["cache"], memory_bandwidth=found["memory"],
         source=f"peaks measured on {cpu_name() or 'this machine'}",

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tvm import tirx  # type: ignore[import-untyped]
-from tvm.ir import PointerType, PrimType  # type: ignore[import-untyped]
+from tvm.ir import PointerType, PrimType, StringImm  # type: ignore[import-untyped]
 
 from bitwright.codegen.tvm.values import (
     Condition,
@@ -124,6 +124,7 @@ class Builder:
     _views: dict[tuple[int, str], Any] = field(default_factory=dict)
     _head: list[Any] = field(default_factory=list)
     _count: int = 0
+    _imports: dict[str, None] = field(default_factory=dict)
 
     # ---- parameters and memory
     def param(self, name: str, dtype: DType, elements: int) -> Pointer:
@@ -260,9 +261,16 @@ class Builder:
         """Append a raw TIR statement."""
         self._blocks[-1].append(statement)
 
+    def require(self, text: str) -> None:
+        """LLVM IR that the function needs: functions to be inlined into it (none if the text is empty)."""
+        if text:
+            self._imports[text] = None
+
     def finish(self) -> Any:
         """The finished ``PrimFunc``."""
         body = tirx.SeqStmt(self._head + self._blocks[0] + [tirx.Evaluate(tirx.const(0, "int32"))])
+        for text in self._imports:
+            body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", StringImm(text), body)
         function = tirx.PrimFunc([self.begin, self.end, *(p.root for p in self._params)], body)
         for key, value in (("global_symbol", self.name), ("tirx.noalias", True), ("s_tir", True)):
             function = function.with_attr(key, value)

@@ -49,6 +49,7 @@ def test_meaning_equals_spelling(instruction: Instruction, tmp_path: Path) -> No
     kinds = instruction.operands
     inputs = [b.param(f"p{n}", k.dtype, k.lanes * ROUNDS) for n, k in enumerate(kinds)]
     out = b.param("out", instruction.result.dtype, instruction.result.lanes * ROUNDS)
+    b.require(instruction.wrapper)
     with b.loop(b.end, b.begin) as i:
         values = [b.load(p, i * k.lanes, k.lanes) for p, k in zip(inputs, kinds, strict=True)]
         b.store(out, i * instruction.result.lanes, call(instruction, *values))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import MISSING, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bitwright.ir.errors import InvalidInput, did_you_mean
@@ -16,7 +16,8 @@ _OPTION = re.compile(r'[\s,]*([\w-]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,{}"]*)')
 
 
 def parse_passes(text: str, extra: Iterable[type[Pass]] = ()) -> tuple[Pass, ...]:
-    """Passes from text; recipe names stand for their passes, ``path.py:Class`` for a pass of the user's.
+    """Passes from text; recipe names stand for their passes (an option goes to each that has it), ``path.py:Class``
+    for a pass of the user's.
 
     ``extra`` are pass classes of the caller, found by their name. Raises :class:`InvalidInput`.
 
@@ -56,11 +57,7 @@ def _expand(name: str, options: str | None, own: dict[str, type[Pass]]) -> tuple
     from bitwright.passes.registry import PASSES, load
 
     if name in RECIPES and name not in own:
-        if (options or "").strip():
-            raise InvalidInput(
-                f"{name!r} stands for {RECIPES[name] or 'no pass'!r} and takes no options: write those out"
-            )
-        return parse_passes(RECIPES[name])
+        return _recipe(name, parse_passes(RECIPES[name]), options or "")
     if name in own:
         cls = own[name]
     elif name in PASSES or ":" in name:
@@ -70,26 +67,49 @@ def _expand(name: str, options: str | None, own: dict[str, type[Pass]]) -> tuple
     return (_make(cls, name, options or ""),)
 
 
-def _make(cls: type[Pass], name: str, text: str) -> Pass:
-    hints, known = get_type_hints(cls), {f.name.rstrip("_"): f for f in fields(cls)}
-    values: dict[str, Any] = {}
+def _recipe(name: str, passes: tuple[Pass, ...], text: str) -> tuple[Pass, ...]:
+    """The passes of a recipe; each option goes to every pass that has it."""
+    given = _options(name, text)
+    known = dict.fromkeys(f.name.rstrip("_") for p in passes for f in fields(p))
+    for key in given:
+        if key not in known:
+            listed = f" ({', '.join(known)})" if known else " (they have none)"
+            raise InvalidInput(f"no pass of {name} has an option {key!r}{did_you_mean(key, known) or listed}")
+    return tuple(replace(p, **_values(type(p), name, given)) for p in passes)
+
+
+def _options(name: str, text: str) -> dict[str, str]:
+    """Options by name, values as they are written."""
+    values: dict[str, str] = {}
     at = 0
     while text[at:].strip(" \t\n,"):
         m = _OPTION.match(text, at)
         if not m:
             raise InvalidInput(f"{name}: cannot read options at {text[at:].strip()!r}: expected option=value")
-        key, raw = m[1].replace("-", "_"), m[2]
+        key = m[1].replace("-", "_")
+        if key in values:
+            raise InvalidInput(f"{name}: option {m[1]!r} is given twice")
+        values[key] = m[2]
+        at = m.end()
+    return values
+
+
+def _values(cls: type[Pass], name: str, given: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of a pass out of options; those that it has not are left out."""
+    hints, known = get_type_hints(cls), {f.name.rstrip("_"): f.name for f in fields(cls)}
+    return {known[k]: _value(hints[known[k]], v, f"{name}: option {k}") for k, v in given.items() if k in known}
+
+
+def _make(cls: type[Pass], name: str, text: str) -> Pass:
+    known, given = {f.name.rstrip("_"): f for f in fields(cls)}, _options(name, text)
+    for key in given:
         if key not in known:
             listed = f" ({', '.join(known)})" if known else " (it has none)"
-            raise InvalidInput(f"{name} has no option {m[1]!r}{did_you_mean(key, known) or listed}")
-        if known[key].name in values:
-            raise InvalidInput(f"{name}: option {m[1]!r} is given twice")
-        values[known[key].name] = _value(hints[known[key].name], raw, f"{name}: option {m[1]}")
-        at = m.end()
-    lacking = [k for k, f in known.items() if f.default is MISSING and f.name not in values]
+            raise InvalidInput(f"{name} has no option {key!r}{did_you_mean(key, known) or listed}")
+    lacking = [k for k, f in known.items() if f.default is MISSING and k not in given]
     if lacking:
         raise InvalidInput(f"{name} needs option {lacking[0]!r}: {name}{{{lacking[0]}=...}}")
-    return cls(**values)
+    return cls(**_values(cls, name, given))
 
 
 def _value(kind: Any, raw: str, where: str) -> Any:

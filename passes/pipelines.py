@@ -23,7 +23,8 @@ RECIPES: Mapping[str, str] = {
     "ptq-advanced": (
         "observe-ranges{method=mse also=4}, assign-precision{rounding=adaquant}, retune-norms, correct-bias"
     ),
-    "weight-only": "quantize-weights{bits=4 group=64}",
+    # activations in 8 bits found at run time: products of integers are what makes few bits fast
+    "weight-only": "quantize-weights{bits=4 group=64}, dynamic-quantize",
     # data before equalizing, which moves what batch norms remember; ranges after it, for the channels have changed
     "data-free": "synthesize-calibration, equalize-layers, observe-ranges, quantize-int8, correct-bias",
 }

@@ -35,6 +35,7 @@ PASSES: Mapping[str, str] = {
     "equalize-layers": "precision.equalize_layers:EqualizeLayers",
     "assign-precision": "precision.assign_precision:AssignPrecision",
     "quantize-weights": "precision.quantize_weights:QuantizeWeights",
+    "dynamic-quantize": "precision.dynamic_quantize:DynamicQuantize",
     "quantize-int8": "precision.quantize_int8:QuantizeInt8",
     "smooth-quant": "precision.smooth_quant:SmoothQuant",
     "correct-bias": "precision.correct_bias:CorrectBias",

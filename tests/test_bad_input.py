@@ -215,7 +215,7 @@ CAPTURED = bw.capture(mlp(), X)
         ({"recipe": "nm-mask{pattern=4:2}"}, "4:2"),
         ({"recipe": "nm-mask{pattern=abc}"}, "abc"),
         ({"recipe": "nm-mask{pattern=2:4"}, "cannot read the pass list"),
-        ({"recipe": "int8{x=1}"}, "takes no options"),
+        ({"recipe": "int8{x=1}"}, "no pass of int8 has an option"),
         ({"recipe": 3}, "recipe"),
         ({"recipe": [3]}, "recipe|pass"),
         ({"threads": 0}, "threads must be .*1.*, not 0"),

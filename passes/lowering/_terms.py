@@ -9,7 +9,7 @@ import numpy as np
 from bitwright.ir import ops
 from bitwright.ir.build import Rewriter
 from bitwright.ir.graph import Node
-from bitwright.ir.types import F32, S8, S32, TensorType
+from bitwright.ir.types import F32, S8, S32, DType, TensorType
 from bitwright.ir.weights import Array
 from bitwright.passes.lowering._dyadic import SAFE, Emitter, Grid, Term, scalar_quantization
 
@@ -26,6 +26,8 @@ class Reader(Emitter):
         self.contracted: dict[str, Term] = {}
         self.floats: dict[str, str] = {}
         """New f32 weights by old dequantized value."""
+        self.dynamic: dict[tuple[str, DType], tuple[str, ...]] = {}
+        """Codes and scales found at run time, by old value and format of the codes."""
 
     def low(self, value: str) -> Term | None:
         """The integer tensor of at most 16 bits behind a dequantized value with one scale."""

@@ -16,6 +16,7 @@ from bitwright.passes._layers import layer_of
 from bitwright.passes._pass import Context, Pass
 from bitwright.passes.canonical.simplify import Simplify
 from bitwright.passes.lowering._dyadic import Grid, Term, scalar_quantization
+from bitwright.passes.lowering._dynamic import dynamic_linear
 from bitwright.passes.lowering._exact import exact_contraction
 from bitwright.passes.lowering._sink import sink_dequantize
 from bitwright.passes.lowering._terms import Reader
@@ -61,8 +62,7 @@ class LowerToInteger(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         activation = context.target.activation if context.target is not None else U8
         graph = Simplify().run(sink_dequantize(unsigned_codes(graph, activation)), context)
-        rw = Rewriter(graph, "integer")
-        reader = Reader(rw)
+        reader = Reader(rw := Rewriter(graph, "integer"))
         for node in graph.nodes:
             if isinstance(node.op, _CONTRACTIONS) and _quantized(graph, node):
                 self._contract(reader, node, context)
@@ -74,6 +74,8 @@ class LowerToInteger(Pass):
 
     def _contract(self, reader: Reader, node: Node, context: Context) -> None:
         """The integer contraction, and its float form for those that read it as float (dead when nobody does)."""
+        if dynamic_linear(reader, node, context):
+            return
         found = reader.contraction(node)
         if isinstance(found, str):
             cure = "quantize weights symmetrically to s8" if "zero point" in found else ""

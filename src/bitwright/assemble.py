@@ -260,6 +260,11 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _matters(template: str, reason: str) -> bool:
+    """Whether the report tells why this template refused a contraction whose kernel was chosen for ``reason``."""
+    return template == "contract" or (template == "lanes" and reason.startswith("runs dense"))
+
+
 def _layer(
     k: Kernel,
     graph: Graph,
@@ -280,7 +285,7 @@ def _layer(
     notes = [
         f"{t}: {why}"
         for t, why in k.refused
-        if t == "contract" and root is not None and isinstance(root.op, ops.CONTRACTION)
+        if root is not None and isinstance(root.op, ops.CONTRACTION) and _matters(t, k.reason)
     ]
     origin = k.node.origin or next((n.origin for n in heads if n.origin), "")
     if root is not None:

@@ -61,7 +61,7 @@ def test_recipes_expand_inside_a_list() -> None:
         ("nm-mask{pattern=2:4", "separated by commas"),
         ("nm-mask int8", "separated by commas"),
         ("observe-ranges{method=mean}", "is one of minmax, percentile"),
-        ("int8{first=false}", "takes no options"),
+        ("int8{frist=false}", "no pass of int8 has an option .frist.; did you mean .first."),
         ("nowhere.py:Thing", "no such file"),
         (f"{ROUND}:Missing", "has no class 'Missing'"),
         (f"{ROUND}:dataclass", "is not a pass"),
@@ -88,6 +88,16 @@ def test_a_broken_file_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def (:\n")
     with pytest.raises(InvalidInput, match="cannot be loaded: SyntaxError"):
         parse_passes(f"{tmp_path}/broken.py:X")
+
+
+def test_options_of_a_recipe_reach_the_passes_that_have_them() -> None:
+    found = parse_passes("weight-only{bits=2 group=32 only=fc.*}, sparse")
+    assert [str(p) for p in found[:2]] == [
+        "quantize-weights{bits=2 group=32 only=fc.*}", "dynamic-quantize{only=fc.*}"
+    ]  # fmt: skip
+    assert str(parse_passes("weight-only{activations=f32}")[1]) == "dynamic-quantize{activations=f32}"
+    with pytest.raises(InvalidInput, match="one of dynamic-s8, f32"):
+        parse_passes("weight-only{activations=s8}")
 
 
 def test_format_options_are_typed() -> None:

@@ -26,7 +26,7 @@ TASKS = 32
 _TILES = {  # (rows, vectors) of the register tile: dense, sparse
     ("u8s8", "avx512-vnni"): ((4, 4), (4, 4)),
     ("u8s8", "avx-vnni"): ((3, 4), (2, 4)),
-    ("u8s8", "avx2"): ((4, 2), (4, 2)),
+    ("u8s8", "avx2"): ((4, 2), (8, 1)),
     ("u8s8", "portable"): ((2, 2), (2, 1)),
     ("f32", "avx512-vnni"): ((4, 4), (4, 4)),
     ("f32", "avx-vnni"): ((4, 3), (2, 4)),

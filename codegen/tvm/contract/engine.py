@@ -161,6 +161,12 @@ class WideBytes(Bytes):
         words = b.let(a).bits(U16)
         return b.let(words & 0xFF), b.let(words >> 8)
 
+    def select(self, b: Builder, window: Vec, index: Vec) -> Operand:
+        """Selected bytes come out as words: an index above 127 gives zero."""
+        words = index.bits(U16)
+        halves = (b.let(words | 0xFF00), b.let((words >> 8) | 0xFF00))
+        return tuple(b.let(call(self.shuffle, window, half)) for half in halves)
+
     def weights(self, b: Builder, w: Pointer, at: Index, part: int = 0) -> Operand:
         words = b.let(b.load(w, at, self.lanes * 4)).bits(S16)
         return b.let((words << 8) >> 8), b.let(words >> 8)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from bitwright.codegen.tvm.attention_bf16 import PairWriter, pair_scratch, why_not_pairs
 from bitwright.codegen.tvm.attention_tile import Tile, TileWriter
 from bitwright.codegen.tvm.attention_views import Attend, Operand, Unfit, attend_of
 from bitwright.codegen.tvm.generic_eval import div, memory, unflatten
@@ -19,7 +20,7 @@ from bitwright.codegen.tvm.template import Config, Refused, Template, plain_args
 from bitwright.codegen.tvm.tir import Builder, Index, minimum
 from bitwright.ir.graph import Graph
 from bitwright.ir.target import Target
-from bitwright.ir.types import F32
+from bitwright.ir.types import BF16, F32
 from bitwright.ir.weights import Array
 
 LONG = 2048
@@ -28,12 +29,15 @@ LONG = 2048
 
 @dataclass(frozen=True)
 class AttentionConfig(Config):
-    """``lanes`` of queries, ``vectors`` of them per tile; ``columns`` lanes of the value; its tile sizes."""
+    """``lanes`` of queries, ``vectors`` of them per tile; ``columns`` lanes of the value; its tile sizes.
+
+    ``pairs``: products are of bf16, two at a time."""
 
     lanes: int = 4
     vectors: int = 2
     columns: int = 4
     registers: int = 16
+    pairs: bool = False
 
     @property
     def tile_rows(self) -> int:
@@ -62,8 +66,12 @@ class AttentionTemplate(Template):
         config = AttentionConfig(
             tasks=math.prod(a.batch) * tiles, args=plain_args(body), isa=target.isa, mcpu=target.mcpu, lanes=lanes,
             vectors=vectors, columns=columns, registers=registers,
-            reason=f"{vectors * lanes} queries against {a.keys} keys at a time",
         )  # fmt: skip
+        unpaired = why_not_pairs(body, a, target.features, lanes, columns)
+        halves = body.types[a.q.name].dtype == BF16
+        how = ", products of bf16" if not unpaired else f", bf16 as f32: {unpaired}" if halves else ""
+        reason = f"{vectors * lanes} queries against {a.keys} keys at a time{how}"
+        config = replace(config, pairs=not unpaired, reason=reason)
         places = scratch_plan(body, a, config)
         return replace(config, scratch_bytes=sum(places.values()))
 
@@ -80,7 +88,8 @@ class AttentionTemplate(Template):
         for name, size in scratch_plan(body, a, config).items():
             parts[name] = b.view(scratch, F32, start)
             start += size
-        writer = TileWriter(b, body, a, config.isa, config.lanes, config.columns, config.registers, pointers, parts)
+        kind = PairWriter if config.pairs else TileWriter
+        writer = kind(b, body, a, config.isa, config.lanes, config.columns, config.registers, pointers, parts)
         writer.before()
         total = -(-a.rows // config.lanes)
         tiles = -(-total // config.vectors)
@@ -117,6 +126,8 @@ def scratch_plan(body: Graph, a: Attend, config: AttentionConfig) -> dict[str, i
     """Bytes of each part of the scratch: packed queries, scores, row sums, and copies of keys and values."""
     rows = config.tile_rows
     lanes, columns = config.lanes, config.columns
+    if config.pairs:
+        return {name: -(-(4 * n + 64) // 64) * 64 for name, n in pair_scratch(a, rows).items()}
     floats = {"q": a.depth * rows, "scores": a.keys * rows, "inverse": rows}
     if body.types[a.k.name].dtype != F32:
         floats["k"] = a.keys * (-(-a.depth // lanes) * lanes)

@@ -305,12 +305,17 @@ class TileWriter:
                 x = b.let(b.load(self.parts["scores"], p + i)).spread(lanes)
                 for j in range(vectors):
                     self.mac(acc[i][j], v[j], x)
+        self._put_rows(t, row, first, acc)
+
+    def _put_rows(self, t: Tile, row: Index, first: int, acc: list[list[Register]]) -> None:
+        """Store the sums of some rows of the tile, divided by what their probabilities sum to."""
+        a, b, lanes, rows = self.a, self.b, self.columns, len(acc)
         for i in range(rows):
             with b.when(True if a.rows % rows == 0 else t.row + row + i < a.rows):
                 inverse = b.let(b.load(self.parts["inverse"], row + i)).spread(lanes)
                 out = b.index(t.bases["out"] + (t.row + row + i) * a.out.row)
-                for j in range(vectors):
-                    self._store(out, (first + j) * lanes, b.let(acc[i][j].get() * inverse))
+                for j, sums in enumerate(acc[i]):
+                    self._store(out, (first + j) * lanes, b.let(sums.get() * inverse))
 
     def _store(self, base: Index, col: int, value: Vec) -> None:
         """Pointwise operators and the store of columns from ``col`` on."""

@@ -186,16 +186,18 @@ class VecMath:
     def _scale(self, p: Vec, z: Vec) -> Vec:
         """p * 2^n for z = n + magic, |n| < 252; overflow and subnormal results are right."""
         if self.isa == "avx512-vnni" and p.lanes in (4, 8, 16):
-            bits = 32 * p.lanes
-            name = f"llvm.x86.avx512.mask.scalef.ps.{bits}"
-            mask = tirx.const(-1, "int16" if p.lanes == 16 else "int8")
-            extra = [tirx.const(4, "int32")] if p.lanes == 16 else []
-            n = (z - _MAGIC).expr
-            call = tirx.call_llvm_pure_intrin(tvm_dtype(F32, p.lanes), name, p.expr, n, p.expr, mask, *extra)
-            return Vec(call, F32, p.lanes)
+            return self.scale(p, z - _MAGIC)
         n = self.keep(z.bits(S32) - 0x4B400000)
         half = self.keep(n >> 1)
         return p * ((half + 127) << 23).bits(F32) * ((n - half + 127) << 23).bits(F32)
+
+    def scale(self, p: Vec, n: Vec) -> Vec:
+        """p * 2^n for a whole n, by AVX-512's vscalefps on 4, 8 or 16 lanes."""
+        name = f"llvm.x86.avx512.mask.scalef.ps.{32 * p.lanes}"
+        mask = tirx.const(-1, "int16" if p.lanes == 16 else "int8")
+        extra = [tirx.const(4, "int32")] if p.lanes == 16 else []
+        call = tirx.call_llvm_pure_intrin(tvm_dtype(F32, p.lanes), name, p.expr, n.expr, p.expr, mask, *extra)
+        return Vec(call, F32, p.lanes)
 
     def exp(self, x: Vec) -> Vec:
         if x.dtype == F64:

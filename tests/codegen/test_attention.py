@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from bitwright.codegen.targets import BUILTIN
-from bitwright.codegen.tvm.attention import AttentionTemplate
+from bitwright.codegen.targets.machine import cpu_flags
+from bitwright.codegen.tvm.attention import AttentionConfig, AttentionTemplate
 from bitwright.codegen.tvm.attention_views import Unfit, View
 from bitwright.codegen.tvm.template import Refused
 from bitwright.ir import ops
 from bitwright.ir.types import F32, U8
+from tests.codegen import harness as h
 from tests.codegen.kernel_batch import Array, Batch, Case, body_of
 
 TARGETS = ["x86-avx512-vnni", "x86-avx2", "x86-portable"]
@@ -108,6 +110,95 @@ def view_cases(c: Cases) -> None:
         cut = ops.Slice(2, 24 * k, 24 * k + 24)
         parts += [(cut, ("x",)), (ops.Reshape((2, 19, 3, 8)), (f"v{3 * k}",)), (SWAP, (f"v{3 * k + 1}",))]
     c.add_case("one projection", one, *parts, (ops.Attention(0.3, True), ("v2", "v5", "v8")))
+
+
+def pair_cases(c: Cases) -> None:
+    """bf16 by pairs of depth and of keys: odd and even numbers, remainders, masks, views, what follows."""
+    kind = ml_dtypes.bfloat16
+    for rows, keys, depth, width in (
+        (16, 16, 2, 16),
+        (70, 33, 20, 70),
+        (17, 130, 64, 64),
+        (33, 7, 36, 9),
+        (100, 3, 8, 17),
+    ):
+        for causal in (False, True):
+            label = f"pairs {rows}x{keys}x{depth}x{width}{' causal' if causal else ''}"
+            c.add_case(label, qkv((2,), rows, keys, depth, width, kind), (ops.Attention(depth**-0.5, causal), QKV))
+    large = {x: (a.astype(np.float32) * 20).astype(kind) for x, a in qkv((2,), 40, 37, 16, 32, kind).items()}
+    c.add_case("pairs, large scores", large, (ops.Attention(1.0), QKV))
+    for shape in ((2, 1, 1, 21), (19, 21), (2, 1, 19, 1)):
+        for m in (normal(*shape), RNG.integers(0, 4, shape) > 0):
+            inputs = qkv((2, 3), 19, 21, 8, 16, kind) | {"m": m}
+            c.add_case(f"pairs, mask {list(shape)} {m.dtype}", inputs, (ops.Attention(0.3), (*QKV, "m")))
+    never = np.zeros((19, 21), np.float32)
+    never[3] = -np.inf
+    c.add_case("pairs, no keys", qkv((2,), 19, 21, 8, 16, kind) | {"m": never}, (ops.Attention(0.3), (*QKV, "m")))
+    bad = qkv((2,), 19, 20, 16, 16, kind)
+    bad["q"][0, 2, 3], bad["k"][1, 5, 0], bad["v"][0, 3, 2] = np.nan, np.inf, np.inf
+    c.add_case("pairs, NaN and infinity", bad, (ops.Attention(0.3), QKV))
+    grouped = {"q": normal(2, 6, 19, 8, dtype=kind), "k": normal(2, 2, 11, 8, dtype=kind)}
+    grouped["v"] = normal(2, 2, 11, 16, dtype=kind)
+    c.add_case("pairs, grouped keys", grouped, (ops.Attention(0.3, kv_groups=3), QKV))
+    one: dict[str, Array] = {"x": normal(2, 19, 3 * 48, dtype=kind)}
+    parts: list[tuple[ops.Op, Any]] = []
+    for k in range(3):
+        cut = ops.Slice(2, 48 * k, 48 * k + 48)
+        parts += [(cut, ("x",)), (ops.Reshape((2, 19, 3, 16)), (f"v{3 * k}",)), (SWAP, (f"v{3 * k + 1}",))]
+    join: list[tuple[ops.Op, Any]] = [(SWAP, ("v9",)), (ops.Reshape((2, 19, 48)), ("v10",)), (ops.Cast(F32), ("v11",))]
+    attend = (ops.Attention(0.25), ("v2", "v5", "v8"))
+    c.add_case("pairs, one projection", one, *parts, attend, *join, rtol=8e-3, atol=8e-3)
+    scale: dict[str, Array] = {"s": np.array(0.02, np.float32), "z": np.array(128, np.uint8)}
+    c.add_case(
+        "pairs, quantize", one | scale, *parts, attend, *join, (ops.Quantize(U8), ("v12", "s", "z")), steps=1
+    )  # fmt: skip
+
+
+@pytest.mark.skipif("avx512bf16" not in cpu_flags(), reason="this CPU has no products of bf16")
+def test_pairs_match_interpreter() -> None:
+    cases = Cases()
+    pair_cases(cases)
+    on = BUILTIN["x86-avx512-bf16"]
+    for case in cases:
+        made = AttentionTemplate().configure(case.body, {}, on)
+        assert isinstance(made, AttentionConfig)
+        assert made.pairs, (case.label, made.reason)
+    assert Batch(AttentionTemplate(), on.name, cases).run() == []
+
+
+@pytest.mark.skipif("avx512bf16" not in cpu_flags(), reason="this CPU has no products of bf16")
+def test_error_of_pairs() -> None:
+    """Probabilities are off by 2^-7 at most, whatever the values; results are rounded to bf16."""
+    kind = ml_dtypes.bfloat16
+    inputs = qkv((4,), 64, 200, 64, 64, kind)
+    inputs["v"] = np.abs(inputs["v"])
+    inputs["v"][2:, ::2] *= kind(100)
+    body = body_of((ops.Attention(0.125), QKV), inputs=inputs)
+    (got,) = h.run_template(AttentionTemplate(), body, list(inputs.values()), BUILTIN["x86-avx512-bf16"])
+    q, k, v = (a.astype(np.float64) for a in inputs.values())
+    scores = np.exp(q @ k.transpose(0, 2, 1) * 0.125)
+    want = scores / scores.sum(-1, keepdims=True) @ v
+    error = np.abs(got.astype(np.float64) - want) / want
+    assert error.max() < 2**-7 + 2**-9
+    assert error.mean() < 2**-9
+
+
+def test_why_no_pairs() -> None:
+    kind, on = ml_dtypes.bfloat16, BUILTIN["x86-avx512-bf16"]
+    attend = (ops.Attention(0.3), QKV)
+    odd = ((ops.Slice(2, 1, 9), ("k",)), (ops.Attention(0.3), ("q", "v0", "v")))
+    turned = ((ops.Transpose((0, 2, 1)), ("v",)), (ops.Attention(0.3), ("q", "k", "v0")))
+    for inputs, chain, target, reason in (
+        (qkv((2,), 20, 20, 8, 16, kind), (attend,), BUILTIN["x86-avx512-vnni"], "no products of bf16"),
+        (qkv((2,), 20, 20, 7, 16, kind), (attend,), on, "adjacent pairs"),
+        (qkv((2,), 20, 20, 8, 8, kind), (attend,), on, "fewer than 16"),
+        ({**qkv((2,), 20, 20, 8, 16, kind), "k": normal(2, 20, 9, dtype=kind)}, odd, on, "adjacent pairs"),
+        ({**qkv((2,), 20, 20, 8, 16, kind), "v": normal(2, 16, 20, dtype=kind)}, turned, on, "value are not adjacent"),
+    ):
+        made = AttentionTemplate().configure(body_of(*chain, inputs=inputs), {}, target)
+        assert isinstance(made, AttentionConfig)
+        assert not made.pairs
+        assert reason in made.reason
 
 
 @pytest.mark.parametrize("target", TARGETS)

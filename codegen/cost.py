@@ -1,7 +1,8 @@
-"""What a kernel should take: operations over the target's speed, bytes over its bandwidth, plus a call.
+"""What a kernel should take on one core: products at the target's speed, steps of other operators, bytes, a call.
 
-A roofline with three roofs, deliberately small: it answers "will it pay" before anything is compiled, and the report
-shows it beside the measured time. Efficiencies are those the kernels of ``tvm/contract`` reach (about 0.9).
+It answers "will it pay" before anything is compiled, and the report shows it beside the measured time. Speeds are the
+target's; what no data sheet says (``Target.costs``) is fitted to measured layers by ``benchmarks/predictions.py``,
+which also shows how far predictions are from the time of every layer of some models.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from typing import Literal, get_args
 
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node, Value
-from bitwright.ir.target import Target
-from bitwright.ir.types import F32, NM, DType, TensorType
+from bitwright.ir.target import Target, unit_share
+from bitwright.ir.types import NM, DType, TensorType, Unstructured
 from bitwright.ir.work import macs
 
 Unpacking = Literal["registers", "panel", "bytes"]
 """Weights below 8 bits: unpacked for every tile, once for the tiles of a task, or stored in bytes."""
-_EFFICIENCY = 0.9
 _PACKING_MAY_COST = 1.03
 _FEW_ROWS = {"avx-vnni": 2, "avx2": 1, "portable": 1}
 """Rows at which unpacking in registers is hidden by the loads; with 32 registers (AVX-512) it always is."""
@@ -29,9 +29,18 @@ AVX-512 for many rows, and others (benchmarks/lowbit.py)."""
 _UNPACKED_L1, _UNPACKED_L2 = 6, 2
 """Weights unpacked per vector operation of 32 bits, into a panel that fits the first-level cache and into others."""
 _SLOW = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish pow sin cos div rsqrt sqrt".split())
-_SLOW_STEPS = 12
-_GENERIC = 1.5e9
-"""Scalar element steps per second of kernels that are not vectorised."""
+_CONVERTS = (ops.Quantize, ops.Dequantize, ops.Requantize, ops.DynamicQuantize, ops.Cast)
+_NORMS = (ops.LayerNorm, ops.RmsNorm, ops.GroupNorm)
+_MOVES = (
+    ops.Transpose, ops.Concat, ops.Slice, ops.Pad, ops.Tile, ops.Flip, ops.Expand, ops.Resize, ops.Gather,
+    ops.GatherElements, ops.GatherNd, ops.ScatterElements, ops.ScatterNd,
+)  # fmt: skip
+_WEIGHTED = (
+    ops.Linear, ops.IntLinear, ops.GroupLinear, ops.Conv, ops.IntConv, ops.ConvTranspose, ops.MatMul, ops.IntMatMul,
+    *ops.SMALL_FLOAT,
+)  # fmt: skip
+_ADDRESS_BYTES = 2
+"""Of the place of a stored unit of 32 bits in kernels with activations in lanes."""
 SMALL_FLOAT_SECONDS = 8e-9
 """Of one emulated product and sum."""
 
@@ -67,6 +76,9 @@ def weight_bytes(t: TensorType, isa: str = "avx512-vnni", packed: bool = True) -
     """
     bits = stored_bits(t.dtype) if packed else max(8, t.dtype.bits)
     dense = t.size * bits / 8
+    if isinstance(t.encoding, Unstructured):
+        quad = max(1, 32 // max(8, t.dtype.bits))
+        return t.size / quad * unit_share(t.encoding, quad) * (4 + _ADDRESS_BYTES)
     if not isinstance(t.encoding, NM):
         return dense
     kept = t.size * t.encoding.density
@@ -105,29 +117,68 @@ def _low_bits(body: Graph) -> dict[str, int]:
 
 
 def cost_of(
-    body: Graph, target: Target, *, generic: bool = False, sparse: bool = True, packed: Unpacking | None = None
-) -> Cost:
+    body: Graph, target: Target, *, generic: bool = False, sparse: bool = True, packed: Unpacking | None = None,
+    working_set: int = 0,
+) -> Cost:  # fmt: skip
     """The cost of one region on one core; ``sparse`` False prices N:M weights as dense ones.
 
-    ``packed``: where weights below 8 bits are unpacked (None: as :func:`unpacking` decides).
+    ``packed``: where weights below 8 bits are unpacked (None: as :func:`unpacking` decides). ``working_set``: bytes of
+    weights that the whole program reads in a call; those that no cache keeps between calls come from memory.
     """
     if packed is None:
         packed = "bytes" if generic else unpacking(body, target)
-    operations = 2 * sum(macs(n, body) for n in body.nodes)
     low = {} if packed == "bytes" else _low_bits(body)
-    nbytes = sum(_touched(v, body, target, sparse, low) for v in body.inputs)
-    nbytes += sum(_plain_bytes(body.types[o]) for o in body.outputs)
-    arithmetic, limit = 0.0, 0.0
+    touched = {v.name: _touched(v, body, target, sparse, low) for v in body.inputs}
+    weights = {_weight_of(n) for n in body.nodes if isinstance(n.op, _WEIGHTED)} & set(touched)
+    streamed = sum(touched[w] for w in weights)
+    moved = sum(touched.values()) - streamed + sum(_plain_bytes(body.types[o]) for o in body.outputs)
+    stream = streamed / _bandwidth(max(working_set, streamed), target)
+    near = moved / _bandwidth(moved, target)
+    products, steps, limit = 0.0, 0.0, 0.0
     for node in body.nodes:
-        seconds, floor = _node_seconds(node, body, target, sparse)
-        if low.get(node.inputs[1] if len(node.inputs) > 1 else "", 8) < 8:
-            faster, more = _unpacking_seconds(node, body, target, packed)
-            seconds = seconds / faster + more
-        arithmetic += seconds if not generic else max(seconds, _work(node, body) / _GENERIC)
-        limit += floor
-    bandwidth = target.cache_bandwidth if nbytes < target.l3_bytes // 2 else target.memory_bandwidth
-    memory = nbytes / bandwidth
-    return Cost(operations, nbytes, max(arithmetic, memory) + target.launch_seconds, max(limit, memory))
+        if macs(node, body):
+            seconds, floor = _product_seconds(node, body, target, sparse, generic)
+            if low.get(_weight_of(node), 8) < 8:
+                faster, more = _unpacking_seconds(node, body, target, packed)
+                seconds = seconds / faster + more
+            products += seconds
+            limit += floor
+        else:
+            steps += _steps(node, body, target, generic) / target.vector_ops_per_second
+    hidden = target.costs.cold * min(stream, products)
+    arithmetic = max(products, stream) + hidden + steps
+    slowest = max(arithmetic, near) if not products else arithmetic + target.costs.moved * near
+    total, operations = streamed + moved, 2 * sum(macs(n, body) for n in body.nodes)
+    memory = total / (target.cache_bandwidth if total < target.l3_bytes // 2 else target.memory_bandwidth)
+    return Cost(operations, total, slowest + target.launch_seconds, max(limit, memory))
+
+
+def working_set(graph: Graph, target: Target) -> int:
+    """Bytes of the weights that a program's contractions read in a call, as their kernels store them.
+
+    Of a graph of any level, with static shapes; tables that are gathered from do not count.
+    """
+    total = 0
+    for node in graph.nodes:
+        if isinstance(node.op, ops.Region):
+            total += working_set(node.op.body, target)
+        elif isinstance(node.op, _WEIGHTED) and len(node.inputs) > 1:
+            w = graph.types[_weight_of(node)]
+            total += int(weight_bytes(w, target.isa)) if w.is_static else 0
+    return total
+
+
+def _bandwidth(nbytes: int, target: Target) -> float:
+    """Of the smallest cache that keeps so many bytes beside others."""
+    if nbytes < target.l2_bytes // 2:
+        return target.cache_bandwidth * target.costs.near
+    return target.cache_bandwidth if nbytes < target.l3_bytes // 2 else target.memory_bandwidth
+
+
+def _weight_of(node: Node) -> str:
+    """The right operand of a contraction."""
+    at = 2 if isinstance(node.op, ops.GroupLinear) else 1
+    return node.inputs[at] if len(node.inputs) > at else ""
 
 
 def _plain_bytes(t: TensorType) -> int:
@@ -146,13 +197,9 @@ def _touched(v: Value, body: Graph, target: Target, sparse: bool, low: Mapping[s
     return _plain_bytes(v.type)
 
 
-def _work(node: Node, body: Graph) -> int:
-    return max(macs(node, body), node.type.size, *(body.types[x].size for x in node.inputs), 0)
-
-
 def _unpacking_seconds(node: Node, body: Graph, target: Target, form: Unpacking) -> tuple[float, float]:
     """How much faster products become because their weights are fewer bytes, and the seconds of unpacking them."""
-    w = body.types[node.inputs[1]]
+    w = body.types[_weight_of(node)]
     rows, depth = node.type.size / int(w.shape[0]), w.size / int(w.shape[0])
     few = rows <= _FEW_ROWS.get(target.isa, 2)
     wide = target.isa == "avx512-vnni"
@@ -162,42 +209,78 @@ def _unpacking_seconds(node: Node, body: Graph, target: Target, form: Unpacking)
         near = target.vector_bits // 8 * depth <= target.l1_bytes
         return 1.0, w.size / (target.vector_ops_per_second * (_UNPACKED_L1 if near else _UNPACKED_L2))
     if few or wide:
-        full = min(1.0, 0.25 + _reuse(node, body) / 16)
+        full = _busy(rows, target)
         return min(1.0 / full, math.sqrt(8 / stored_bits(w.dtype))), 0.0
     return 1.0, w.size * rows / 2 / (target.vector_ops_per_second * _UNPACKED_L1)  # again for every two rows
 
 
-def _node_seconds(node: Node, body: Graph, target: Target, sparse: bool) -> tuple[float, float]:
-    """Expected seconds of one node's arithmetic, and the seconds at the target's peak."""
-    count = macs(node, body)
-    if count:
-        x, w = body.types[node.inputs[0]], body.types[node.inputs[1]]
-        op = node.op
-        narrow = (op.partial, op.every) if isinstance(op, ops.IntLinear | ops.IntConv) else (None, 0)
-        rate = target.rate(x.dtype, w.dtype, *narrow)
-        if isinstance(op, ops.SMALL_FLOAT):
-            return count * SMALL_FLOAT_SECONDS, 0.0
-        if not rate:
-            return 2 * count / (2 * _GENERIC), 0.0
-        gain, ideal = 1.0, 1.0
-        if isinstance(w.encoding, NM) and sparse:
-            gain = max(1.0, target.sparse_gain(x.dtype, w.encoding))
-            ideal = w.encoding.group / w.encoding.keep if gain > 1 else 1.0
-        reuse = min(1.0, 0.25 + _reuse(node, body) / 16)
-        return 2 * count / (rate * _EFFICIENCY * gain * reuse), 2 * count / (rate * ideal)
-    if isinstance(node.op, (ops.Weight, ops.Constant)):
-        return 0.0, 0.0
-    steps = _SLOW_STEPS if getattr(node.op, "fn", "") in _SLOW or isinstance(node.op, ops.Softmax) else 1
-    if isinstance(node.op, (ops.LayerNorm, ops.RmsNorm, ops.GroupNorm)):
-        steps = 6
-    read = () if isinstance(node.op, ops.Gather) else node.inputs
-    elements = max([node.type.size, *(body.types[x].size for x in read)])
-    wide = target.vector_ops_per_second * 32 / max(32, node.type.dtype.bits if node.type.dtype != F32 else 32)
-    return elements * steps / wide, 0.0
+def _busy(rows: float, target: Target) -> float:
+    """Share of its speed that a product of few rows reaches: each weight is loaded for them alone."""
+    return min(1.0, target.costs.few_rows + rows / 16)
 
 
-def _reuse(node: Node, body: Graph) -> float:
-    """Rows that share each weight: matrix-vector products cannot reach the arithmetic peak."""
-    if isinstance(node.op, (ops.Linear, ops.IntLinear)):
-        return node.type.size / max(1, int(node.type.shape[-1]))
-    return 16.0
+def _product_seconds(node: Node, body: Graph, target: Target, sparse: bool, generic: bool) -> tuple[float, float]:
+    """Expected seconds of one contraction's products with weights at hand, and the seconds at the target's peak."""
+    count, op, costs = macs(node, body), node.op, target.costs
+    if isinstance(op, ops.SMALL_FLOAT):
+        return count * SMALL_FLOAT_SECONDS, 0.0
+    x, w = body.types[node.inputs[0]], body.types[_weight_of(node)]
+    narrow = (op.partial, op.every) if isinstance(op, ops.IntLinear | ops.IntConv) else (None, 0)
+    rate = target.rate(target.activation if isinstance(op, ops.GroupLinear) else x.dtype, w.dtype, *narrow)
+    if not rate or generic:
+        return count * costs.generic / target.vector_ops_per_second, 2 * count / rate if rate else 0.0
+    if isinstance(op, ops.Attention):
+        scores = count / int(x.shape[-1]) / 2
+        return (
+            2 * count / (rate * costs.attention) + scores * costs.softmax / target.vector_ops_per_second,
+            2 * count / rate,
+        )
+    groups = getattr(op, "groups", 1)
+    if groups > 1 and groups == w.shape[0]:
+        each = costs.depthwise if w.dtype.bits > 8 else costs.depthwise_int
+        return count * each / target.vector_ops_per_second, 2 * count / rate
+    gain, ideal = 1.0, 1.0
+    if isinstance(w.encoding, NM | Unstructured) and sparse:
+        gain = max(1.0, target.gain(x.dtype, w.encoding))
+        ideal = 1 / w.encoding.density if gain > 1 else 1.0
+    rows, outputs, padding = _tiling(node, w, target)
+    share = (costs.conv if isinstance(op, ops.Conv | ops.IntConv) else costs.linear) * _busy(rows, target)
+    tiles = math.ceil(rows / 4) * math.ceil(outputs / (4 * target.vector_bits // 32)) * groups
+    return 2 * count * padding / (rate * share * gain) + tiles * costs.tile, 2 * count / (rate * ideal)
+
+
+def _tiling(node: Node, w: TensorType, target: Target) -> tuple[float, int, float]:
+    """Rows that share each weight, outputs of a group, and products computed over those asked for: outputs fill whole
+    vectors, and 8-bit products take inputs by four."""
+    groups, lanes = getattr(node.op, "groups", 1), target.vector_bits // 32
+    if isinstance(node.op, ops.MatMul | ops.IntMatMul):
+        outputs, inputs = int(node.type.shape[-1]), 4
+    else:
+        outputs, inputs = int(w.shape[0]) // groups, int(w.shape[1])
+    rows = node.type.size / (outputs * groups)
+    padding = math.ceil(outputs / lanes) * lanes / outputs
+    if w.dtype.bits <= 8:
+        padding *= math.ceil(inputs / 4) * 4 / inputs
+    return rows, outputs, padding
+
+
+def _steps(node: Node, body: Graph, target: Target, generic: bool) -> float:
+    """Vector steps of an operator without products, times the elements it takes or makes."""
+    op, costs = node.op, target.costs
+    if isinstance(op, ops.Weight | ops.Constant | ops.Reshape):
+        return 0.0
+    read = [body.types[x].size for x in node.inputs] if not isinstance(op, ops.Gather) else []
+    elements = max([node.type.size, *read])
+    if isinstance(op, ops.MaxPool | ops.AvgPool):
+        each, elements = costs.pool * math.prod(op.kernel), node.type.size
+    elif isinstance(op, ops.Softmax):
+        each = costs.softmax
+    elif isinstance(op, _NORMS):
+        each = costs.norm
+    elif isinstance(op, _MOVES):
+        each, elements = costs.move, node.type.size
+    elif isinstance(op, _CONVERTS):
+        each = costs.convert
+    else:
+        each = costs.slow if getattr(op, "fn", "") in _SLOW else costs.cheap
+    return elements * (each + (costs.generic if generic else 0.0)) * max(1.0, node.type.dtype.bits / 32)

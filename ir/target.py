@@ -6,10 +6,11 @@ Built-in values live in ``codegen/targets``; ``codegen.targets.host()`` *returns
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, comb
 from typing import Literal
 
 from bitwright.ir.errors import InvalidInput
-from bitwright.ir.types import NM, S8, U8, DType
+from bitwright.ir.types import NM, S8, U8, DType, Encoding, Unstructured
 
 Isa = Literal["avx512-vnni", "avx-vnni", "avx2", "portable"]
 
@@ -22,6 +23,21 @@ def in_bytes(dtype: DType) -> DType:
     ('u8', 's8', 's16')
     """
     return {U8.numpy: U8, S8.numpy: S8}.get(dtype.numpy, dtype) if dtype.is_integer else dtype
+
+
+def unit_share(encoding: NM | Unstructured, quad: int) -> float:
+    """The share of units of ``quad`` consecutive elements that hold a non-zero, if non-zeros lie anywhere allowed.
+
+    >>> unit_share(NM(1, 4, 1, block=4), 4), unit_share(NM(1, 8, 1), 4), unit_share(Unstructured(1, 10, 1), 1)
+    (0.25, 0.5, 0.1)
+    """
+    if encoding.block % quad == 0:
+        return encoding.density
+    blocks = ceil(quad / encoding.block)
+    if isinstance(encoding, Unstructured):
+        return 1.0 - (1.0 - encoding.density) ** blocks
+    empty = comb(encoding.group - blocks, encoding.keep) if encoding.group >= blocks else 0
+    return 1.0 - empty / comb(encoding.group, encoding.keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +64,66 @@ class SparseRate:
     gain: float
 
 
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What kernels take beside their peaks, for the cost model. Steps are vector operations of 32 bits an element.
+
+    Fitted to measured layers by ``benchmarks/predictions.py --fit``; of one Zen 5 core unless a target says otherwise.
+    """
+
+    linear: float = 0.975
+    """Share of the peak that the inner loop of a product reaches, of integers and floats."""
+    conv: float = 0.947
+    """The same of a convolution."""
+    attention: float = 0.9
+    """The same of both products of attention."""
+    depthwise: float = 1.08
+    """Steps of a product of a depthwise convolution of floats."""
+    depthwise_int: float = 0.6
+    """The same of 8-bit integers."""
+    tile: float = 3e-9
+    """Seconds of a tile (4 rows, 4 vectors of outputs) beside its products: clearing, loop, writing."""
+    few_rows: float = 0.25
+    """Share of its speed that a product of one row reaches while its weights come from the nearest cache."""
+    cold: float = 0.18
+    """Share of the time of moving weights that products do not hide."""
+    moved: float = 0.18
+    """The same of activations, moved through the last-level cache or one before it."""
+    near: float = 2.5
+    """Speed of the second-level cache over that of the last one."""
+    cheap: float = 0.57
+    """Steps of an addition, a maximum and such."""
+    convert: float = 1.1
+    """Steps of quantizing, dequantizing and requantizing."""
+    slow: float = 8.6
+    """Steps of exp, tanh, GELU and their like."""
+    softmax: float = 11.0
+    norm: float = 7.3
+    pool: float = 0.5
+    """Steps of every value that a window reads."""
+    move: float = 10.0
+    """Steps of a value that is only moved."""
+    generic: float = 30.0
+    """Steps of one scalar operation of kernels that are not vectorised."""
+
+
+@dataclass(frozen=True, slots=True)
+class LanesRate:
+    """Time over the dense contraction's of one whose activations lie in lanes: ``slope`` times the share of units
+    (32 bits of activations) that weights are stored for, plus ``fixed``. ``shared`` outputs store the same units."""
+
+    x: DType
+    shared: int
+    slope: float
+    fixed: float
+
+
 @dataclass(frozen=True)
 class Target:
     """A machine as the passes and the code generator see it. Costs are for one core.
 
-    bandwidths in bytes per second; ``rates`` for dense contractions, ``sparse`` for N:M ones;
-    ``activation`` is the 8-bit format its integer contractions take on the left.
+    bandwidths in bytes per second (``cache``: of the last level); ``rates`` for dense contractions, ``sparse`` for
+    N:M ones; ``activation`` is the 8-bit format its integer contractions take on the left.
     """
 
     name: str
@@ -76,6 +146,8 @@ class Target:
     activation: DType
     source: str
     """Where the numbers come from."""
+    costs: Costs = Costs()
+    lanes: tuple[LanesRate, ...] = ()
 
     def __post_init__(self) -> None:
         if self.vector_bits not in (64, 128, 256, 512):
@@ -111,6 +183,20 @@ class Target:
             return 0.0
         near = min(same, key=lambda s: (s.group, abs(s.keep - keep)))
         return near.gain * near.keep / near.group * group / keep
+
+    def lanes_gain(self, x: DType, share: float, shared: int = 1) -> float:
+        """Expected speed over dense of weights of which this ``share`` of units is stored, the same ones for
+        ``shared`` outputs; 0.0 when the target has no kernel with activations in lanes for the format."""
+        fits = [r for r in self.lanes if r.x == in_bytes(x) and shared % r.shared == 0]
+        return max((1.0 / (r.slope * share + r.fixed) for r in fits), default=0.0)
+
+    def gain(self, x: DType, encoding: Encoding | None) -> float:
+        """Expected speed over dense of the fastest kernel for weights of this encoding; 0.0 without one."""
+        if not isinstance(encoding, NM | Unstructured):
+            return 0.0
+        shared = encoding.shared if isinstance(encoding, NM) else 1
+        lanes = self.lanes_gain(x, unit_share(encoding, 32 // in_bytes(x).bits), shared)
+        return max(lanes, self.sparse_gain(x, encoding) if isinstance(encoding, NM) else 0.0)
 
     @property
     def fingerprint(self) -> str:

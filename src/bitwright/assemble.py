@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from bitwright._version import __version__
 from bitwright.certificates import recorded
 from bitwright.codegen.build import Built, Kernel, build, nbytes_of
 from bitwright.codegen.cache import Cache
-from bitwright.codegen.cost import cost_of
+from bitwright.codegen.cost import cost_of, working_set
 from bitwright.codegen.targets.machine import cpu_name
 from bitwright.comparison import results_of
 from bitwright.errors_by_layer import Measured, measure_layers
 from bitwright.ir import ops
 from bitwright.ir.batch import why_not_separable
 from bitwright.ir.errors import InvalidInput, Problem, Unsupported
-from bitwright.ir.graph import Graph
+from bitwright.ir.graph import Graph, Node
 from bitwright.ir.infer import bind_graph
 from bitwright.ir.patterns import density
 from bitwright.ir.target import Target
@@ -42,6 +42,16 @@ from bitwright.runtime.report import Formats, Layer, PassRow, Refusal, Report
 
 Progress = Callable[[str, float], None]
 _DIFF_LIMIT = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What the report needs of a step that is no kernel of a program: its region, what it became and why."""
+
+    node: Node
+    template: str
+    reason: str
+    refused: tuple[tuple[str, str], ...] = ()
 
 
 def assemble(
@@ -227,7 +237,7 @@ def _manifest(
 
 
 def report_of(
-    graph: Graph, target: Target, kernels: Sequence[Kernel], bound: Graph, done: Lowered, errors: Measured
+    graph: Graph, target: Target, kernels: Sequence[Kernel | Row], bound: Graph, done: Lowered, errors: Measured
 ) -> Report:
     """The record of a compilation: ``kernels`` of the kernel-level graph ``bound``, made from ``graph``."""
     passes, text = done.report, done.diffs
@@ -242,7 +252,8 @@ def report_of(
     remarks: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, place, facts in passes.remarks:
         remarks.setdefault(place, []).append((name, facts))
-    layers = [_layer(k, bound, target, errors, remarks) for k in kernels]
+    weights = working_set(bound, target)
+    layers = [_layer(k, bound, target, weights, errors, remarks) for k in kernels]
     seen = [Refusal(pass_name=r.pass_name, place=r.place, reason=r.reason, cure=r.cure) for r in passes.refusals]
     return Report(
         model=graph.name, target=target.name, layers=layers, passes=rows, refusals=seen, pipeline=passes.pipeline,
@@ -266,9 +277,10 @@ def _matters(template: str, reason: str) -> bool:
 
 
 def _layer(
-    k: Kernel,
+    k: Kernel | Row,
     graph: Graph,
     target: Target,
+    weights: int,
     measured: Measured,
     remarks: dict[str, list[tuple[str, dict[str, Any]]]],
 ) -> Layer:
@@ -278,9 +290,8 @@ def _layer(
     root = next((n for n in body.nodes if macs(n, body)), None)
     heads = [n for n in body.nodes if not isinstance(n.op, ops.Constant)]
     label = "+".join(dict.fromkeys(n.op.spelling for n in heads))
-    cost = cost_of(
-        body, target, generic=k.template == "generic", sparse=not k.reason.startswith(("dense", "runs dense"))
-    )
+    dense = k.reason.startswith(("dense", "runs dense"))
+    cost = cost_of(body, target, generic=k.template == "generic", sparse=not dense, working_set=weights)
     formats, pattern, kept, weight = Formats(out=str(body.types[body.outputs[0]].dtype)), "", None, ""
     notes = [
         f"{t}: {why}"

@@ -34,7 +34,7 @@ def test_sparse_is_priced_below_dense_by_the_declared_gain(pattern: str) -> None
     keep, group = map(int, pattern.split(":"))
     gain = next(s.gain for s in TARGET.sparse if (str(s.x), s.keep, s.group) == ("u8", keep, group))
     dense, sparse = cost_of(linear(), TARGET), cost_of(linear(pattern), TARGET)
-    assert dense.seconds / sparse.seconds == pytest.approx(gain, rel=0.05)
+    assert 0.8 * gain < dense.seconds / sparse.seconds < 1.02 * gain  # what tiles cost beside products is not halved
     assert sparse.bytes < dense.bytes
     assert sparse.limit < sparse.seconds
     assert cost_of(linear(pattern), TARGET, sparse=False).seconds == pytest.approx(dense.seconds)

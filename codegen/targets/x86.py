@@ -6,7 +6,7 @@ those of the kernels in ``codegen/tvm/contract`` over the dense kernel of the sa
 
 from __future__ import annotations
 
-from bitwright.ir.target import Rate, SparseRate, Target
+from bitwright.ir.target import LanesRate, Rate, SparseRate, Target
 from bitwright.ir.types import F32, S8, S16, S32, U8, DType
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -33,6 +33,12 @@ _AVX_VNNI_F32 = _gains(1.21, 1.21, 2.38, 2.39, 0.24, 4.56, 0.46, 0.94)
 _PORTABLE_INT8 = _gains(0.57, 0.61, 1.11, 1.08, 1.20, 2.19, 2.34, 4.39)
 _PORTABLE_F32 = _gains(0.27, 0.28, 0.57, 0.54, 0.55, 1.13, 1.09, 2.27)
 
+# Activations in lanes (tvm/lanes), with the transposition of activations and results: 128x768x3072 (2026-11-21).
+_AVX512_LANES = (
+    LanesRate(U8, 1, 1.75, 0.055), LanesRate(U8, 2, 1.15, 0.05), LanesRate(U8, 4, 1.0, 0.03),
+    LanesRate(F32, 1, 1.45, 0.085), LanesRate(F32, 2, 1.15, 0.03), LanesRate(F32, 4, 1.02, 0.015),
+)  # fmt: skip
+
 AVX512_VNNI = Target(
     name="x86-avx512-vnni", kind="cpu", isa="avx512-vnni", mcpu="znver4",
     features=("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni"),
@@ -41,7 +47,7 @@ AVX512_VNNI = Target(
     memory_bandwidth=30e9, cache_bandwidth=100e9, vector_ops_per_second=64e9, launch_seconds=3e-8,
     rates=(Rate(U8, S8, S32, 1000e9), Rate(F32, F32, F32, 250e9)),
     sparse=_sparse(U8, _AVX512_INT8) + _sparse(F32, _AVX512_F32),
-    activation=U8, source="measured on one Zen 5 core, 4.1 GHz",
+    activation=U8, source="measured on one Zen 5 core, 4.1 GHz", lanes=_AVX512_LANES,
 )  # fmt: skip
 
 AVX_VNNI = Target(

@@ -53,13 +53,15 @@ def templates() -> dict[str, Template]:
     from bitwright.codegen.tvm.generic import Generic
     from bitwright.codegen.tvm.grouped.dynamic import Dynamic
     from bitwright.codegen.tvm.grouped.template import Grouped
+    from bitwright.codegen.tvm.lanes.template import Lanes
     from bitwright.codegen.tvm.lut import Lut
     from bitwright.codegen.tvm.move import Move
     from bitwright.codegen.tvm.pool import Pool
     from bitwright.codegen.tvm.rows import Rows
 
     known: tuple[Template, ...] = (
-        Lut(), Grouped(), Contract(), Dynamic(), AttentionTemplate(), Rows(), Pool(), Move(), Elementwise(), Generic(),
+        Lut(), Grouped(), Lanes(), Contract(), Dynamic(), AttentionTemplate(), Rows(), Pool(), Move(), Elementwise(),
+        Generic(),
     )  # fmt: skip
     return {t.name: t for t in known}
 

@@ -1,0 +1,116 @@
+"""What runs with activations in lanes, and the tile and cut of the reduction to start from."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+from numpy.typing import NDArray
+
+from bitwright.codegen.tvm.contract.spec import LANES, ContractSpec, Conv, Isa
+from bitwright.codegen.tvm.lanes.emit import WIDE
+from bitwright.codegen.tvm.lanes.packing import counts_of
+from bitwright.codegen.tvm.lanes.spec import WORD, LanesKnobs, quad_of
+from bitwright.ir.types import NM, Encoding, Unstructured
+
+Array = NDArray[Any]
+_VECTORS = {16: {1: 8, 2: 8, 4: 4}, 8: {1: 8, 2: 4, 4: 2}}
+"""Vectors of rows per outputs that share entries, by lanes: a load serves as many products as registers allow."""
+LANES_BYTES = 48 * 1024
+"""Activations of a K block (measured: 32 to 48 KiB with a first-level cache of 48)."""
+SUMS_BYTES = 256 * 1024
+"""Sums of a block of outputs, which stay in the second-level cache."""
+PARTS, FEWEST = 4, 256
+"""Tasks a kernel should offer if that leaves each so many outputs."""
+PADDING = 1.05
+"""Entries a fixed count may waste."""
+
+
+def refusal(spec: ContractSpec, isa: Isa) -> str:
+    """Why no such kernel can be made, or the empty string."""
+    g, lanes = spec.geometry, LANES[isa]
+    if spec.right != "constant" or (not isinstance(g, Conv) and g.batch != 1):
+        return "only constant weights have entries"
+    if spec.groups != 1:
+        return "grouped convolutions have short reductions"
+    if spec.element == "u8s8" and isa == "portable":
+        return "portable code has no 8-bit products of four to a lane"
+    quad, run = quad_of(spec), g.channels if isinstance(g, Conv) else g.depth
+    if run % quad:
+        return f"{run} channels are no multiple of {quad}"
+    if spec.rows < lanes:
+        return f"{spec.rows} rows do not fill the {lanes} lanes of a vector"
+    largest = max(spec.input_elements, spec.rows * spec.cols, spec.cols * spec.depth)
+    return f"an operand of {largest} elements is beyond 32-bit indices" if largest >= 1 << 30 else ""
+
+
+def shared_by(encoding: Encoding | None) -> int:
+    """How many outputs of a pattern share entries: 4, 2 or 1."""
+    shared = encoding.shared if isinstance(encoding, NM) else 1
+    return 4 if shared % 4 == 0 else 2 if shared % 2 == 0 else 1
+
+
+def filled(spec: ContractSpec, isa: Isa) -> float:
+    """The share of lanes that hold a row."""
+    lanes = LANES[isa]
+    return spec.rows / (ceil(spec.rows / lanes) * lanes)
+
+
+def default_knobs(
+    spec: ContractSpec,
+    isa: Isa,
+    kept: Array,
+    shared: int,
+    encoding: Encoding | None = None,
+    *,
+    safe_pairs: bool = False,
+) -> LanesKnobs:
+    """The tile to start from, for weights whose kept units (bool [groups of outputs, units]) are these.
+
+    A fixed number of entries, if that wastes little, otherwise row pointers. ``shared`` is 1, 2 or 4.
+    """
+    lanes = LANES[isa]
+    most = _VECTORS[lanes][shared]
+    needed = ceil(spec.rows / lanes)
+    vectors = ceil(needed / ceil(needed / most))
+    pitch, units = vectors * lanes * WORD, kept.shape[1]
+    block = _block(units, max(1, LANES_BYTES // pitch), _period(encoding, quad_of(spec)))
+    outputs = _outputs(spec.cols, pitch, ceil(needed / vectors), lanes * WIDE)
+    knobs = LanesKnobs(isa, vectors, shared, block, outputs, (), safe_pairs)
+    counts = counts_of(kept, block)
+    full = units // block
+    most_full, most_last = (int(counts[:, part].max(initial=0)) for part in (slice(0, full), slice(full, None)))
+    padded = (most_full * full + most_last) * len(kept)
+    return (
+        LanesKnobs(isa, vectors, shared, block, outputs, (most_full, most_last), safe_pairs)
+        if padded <= PADDING * max(1, int(counts.sum()))
+        else knobs
+    )
+
+
+def _block(units: int, most: int, period: int) -> int:
+    """Units of a K block: equal parts of at most ``most``, whole periods of the pattern."""
+    if units <= most:
+        return units
+    if period > most:
+        period = 1
+    parts = ceil(units / (most // period * period))
+    return ceil(units / parts / period) * period
+
+
+def _period(encoding: Encoding | None, quad: int) -> int:
+    """Units after which a pattern allows as many entries again."""
+    if isinstance(encoding, NM):
+        return max(1, encoding.group * encoding.block // quad)
+    if isinstance(encoding, Unstructured) and encoding.per:
+        return max(1, encoding.per * encoding.block // quad)
+    return 1
+
+
+def _outputs(cols: int, pitch: int, row_blocks: int, step: int) -> int:
+    """Outputs of a task: their sums fit the cache, and there are a few tasks (an even number) where rows give few."""
+    parts = ceil(cols * pitch / SUMS_BYTES)
+    if row_blocks < PARTS:
+        wanted = min(ceil(PARTS / row_blocks), cols // FEWEST)
+        parts = max(parts, wanted - wanted % 2)
+    return ceil(ceil(cols / max(1, parts)) / step) * step

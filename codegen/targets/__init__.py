@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bitwright.codegen.targets import x86
+from bitwright.codegen.targets import c99, x86
 from bitwright.codegen.targets.x86_bf16 import AVX512_BF16
 from bitwright.ir.errors import InvalidInput, did_you_mean
 from bitwright.ir.target import Target
 
-BUILTIN: dict[str, Target] = {t.name: t for t in (AVX512_BF16, x86.AVX512_VNNI, x86.AVX_VNNI, x86.AVX2, x86.PORTABLE)}
+BUILTIN: dict[str, Target] = {
+    t.name: t for t in (AVX512_BF16, x86.AVX512_VNNI, x86.AVX_VNNI, x86.AVX2, x86.PORTABLE, c99.C)
+}
 
 
 def names() -> list[str]:
@@ -38,7 +40,11 @@ def host(*, calibrate: bool = True) -> Target:
     from bitwright.codegen.targets.machine import caches, cores, cpu_flags, measured
 
     flags = cpu_flags()
-    base = next(t for t in BUILTIN.values() if {f.replace("avxvnni", "avx_vnni") for f in t.features} <= flags)
+    base = next(
+        t
+        for t in BUILTIN.values()
+        if t.kind == "cpu" and {f.replace("avxvnni", "avx_vnni") for f in t.features} <= flags
+    )
     sizes = caches()
     known = {f"l{level}_bytes": size for level, size in sizes.items() if level in (1, 2, 3)}
     target = replace(base, name="host", cores=cores(), **known)  # type: ignore[arg-type]

@@ -14,7 +14,18 @@ from bitwright._version import __version__
 
 if TYPE_CHECKING:
     from bitwright.a2q_training import constrained_training
-    from bitwright.driver import advise, capture, compile, load, load_graph, load_onnx, optimize, to_onnx, verify
+    from bitwright.driver import (
+        advise,
+        capture,
+        compile,
+        compile_c,
+        load,
+        load_graph,
+        load_onnx,
+        optimize,
+        to_onnx,
+        verify,
+    )
     from bitwright.float_training import small_float_training
     from bitwright.ir.graph import Graph
     from bitwright.ir.target import Target
@@ -24,7 +35,18 @@ if TYPE_CHECKING:
 _LAZY = {
     **{
         n: "bitwright.driver"
-        for n in ("advise", "capture", "compile", "load", "load_graph", "load_onnx", "optimize", "to_onnx", "verify")
+        for n in (
+            "advise",
+            "capture",
+            "compile",
+            "compile_c",
+            "load",
+            "load_graph",
+            "load_onnx",
+            "optimize",
+            "to_onnx",
+            "verify",
+        )
     },
     "Graph": "bitwright.ir.graph",
     "Target": "bitwright.ir.target",
@@ -54,6 +76,7 @@ __all__ = [
     "advise",
     "capture",
     "compile",
+    "compile_c",
     "constrained_training",
     "errors",
     "load",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -81,14 +81,20 @@ def compile_command(
     dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this folder.")] = None,
     measure: Annotated[bool, typer.Option(help="Time every layer once compiled.")] = True,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
+    flash: Annotated[str, typer.Option(help="Of --target c: bytes of code and constants there are, as 256K.")] = "",
+    ram: Annotated[str, typer.Option(help="Of --target c: bytes of static memory there are, as 64K.")] = "",
+    cc: Annotated[
+        str, typer.Option(help="Of --target c: compiler the sizes are of; host, cortex-m4, ...")
+    ] = "cortex-m4",
 ) -> None:
-    """Compile a model into a program (.bw), and show what was done to each layer.
+    """Compile a model into a program (.bw) or, with --target c, a folder of C, and show what was done to each layer.
 
     [dim]bitwright compile model.onnx --recipe "nm-mask{pattern=2:4}, int8" --calibrate inputs.npz -o model.bw[/]
     """
-    from bitwright import cli_io, cli_show, driver
+    from bitwright import cli_c, cli_io, cli_show, driver
 
-    out = output or model.with_suffix(".bw")
+    sources = cli_c.wanted(target, flash, ram, cc)
+    out = output or (model.with_name(f"{model.stem}_c") if sources else model.with_suffix(".bw"))
     if not out.parent.is_dir():
         raise InvalidInput(f"there is no folder {out.parent} to write {out.name} to")
     made_up = calibrate == Path("synthetic") and not calibrate.exists()
@@ -98,9 +104,10 @@ def compile_command(
         progress(f"reading {model.name}", 0.0)
         graph = _load(model)
         data = "synthetic" if made_up else cli_io.calibration(calibrate, graph)
-        program = driver.compile(
-            graph, target=target, recipe=recipe, calibration=data, threads=threads,
-            batch=batch, sizes=cli_io.sizes(size), dump=dump, measure=measure, progress=progress, budget=budget,
+        common: dict[str, Any] = {"target": target, "recipe": recipe, "calibration": data, "batch": batch, "progress": progress}
+        common |= {"sizes": cli_io.sizes(size), "dump": dump, "budget": budget}
+        program = sources(graph, model.stem, common) if sources else driver.compile(
+            graph, threads=threads, measure=measure, **common
         )  # fmt: skip
         program.save(out)
     cli_show.print_report(program.report, with_passes=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from bitwright.ir.graph import Graph
 from bitwright.ir.infer import bind_graph
 from bitwright.ir.target import Target
 from bitwright.runtime.program import Program
+
+if TYPE_CHECKING:
+    from bitwright.c_program import CProgram
 
 Progress = Callable[[str, float], None]
 Recipe = str | Iterable[Any]
@@ -204,12 +207,51 @@ def compile(
 
     began = time.perf_counter()
     _whole("threads", threads, 1024)
+    machine = resolve(target)
+    if machine.kind == "device":
+        raise InvalidInput(f"target {machine.name} loads no programs: bitwright.compile_c writes its sources")
+    graph, recipe, calibration = _request(model, recipe, calibration, example_inputs, batch, sizes, budget)
+    return assemble(
+        graph, machine, recipe, batches(calibration), threads=threads, batch=batch, dump=dump,
+        cache=Cache(cache_dir), workers=workers, progress=progress, measure=measure, began=began,
+        price=Prices(machine),
+    )  # fmt: skip
+
+
+def compile_c(
+    model: Any,
+    *,
+    target: str | Target = "c",
+    recipe: Recipe = "float",
+    calibration: Any = None,
+    example_inputs: Any = None,
+    batch: int = 1,
+    sizes: Mapping[str, int] | None = None,
+    dump: str | Path | None = None,
+    progress: Progress | None = None,
+    budget: str = "",
+    name: str = "",
+) -> CProgram:
+    """Compile a model into freestanding C99: ``compile_c(...).save(folder)``; arguments and errors as of
+    :func:`compile`. The batch is fixed; ``name`` is what the C function is called after. See docs/c.md."""
+    from bitwright.c_program import assemble_c
+
+    machine = resolve(target)
+    graph, recipe, calibration = _request(model, recipe, calibration, example_inputs, batch, sizes, budget)
+    return assemble_c(
+        graph, machine, recipe, batches(calibration), batch=batch, dump=dump, progress=progress, name=name
+    )
+
+
+def _request(
+    model: Any, recipe: Recipe, calibration: Any, example: Any, batch: int, sizes: Mapping[str, int] | None, budget: str
+) -> tuple[Graph, Recipe, Any]:
+    """The graph, recipe and calibration data of a compilation, checked."""
     _whole("batch", batch)
     recipe = _recipe(recipe, budget)
     if isinstance(calibration, str) and calibration == "synthetic":
         recipe, calibration = _synthesized(recipe), None
-    machine = resolve(target)
-    graph = to_graph(model, example_inputs)
+    graph = to_graph(model, example)
     if sizes:
         unknown = set(sizes) - set(graph.symbols)
         if unknown:
@@ -217,11 +259,7 @@ def compile(
         for name, size in sizes.items():
             _whole(f"size {name!r}", size)
         graph = bind_graph(graph, dict(sizes))
-    return assemble(
-        graph, machine, recipe, batches(calibration), threads=threads, batch=batch, dump=dump,
-        cache=Cache(cache_dir), workers=workers, progress=progress, measure=measure, began=began,
-        price=Prices(machine),
-    )  # fmt: skip
+    return graph, recipe, calibration
 
 
 def _whole(name: str, value: object, most: int = 1 << 31) -> None:
@@ -306,6 +344,7 @@ __all__ = [
     "batches",
     "capture",
     "compile",
+    "compile_c",
     "load",
     "load_graph",
     "load_onnx",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from bitwright.codegen.instructions.core import Array, Instruction, VecType
@@ -21,6 +23,16 @@ def _maddubs(a: Array, w: Array) -> Array:
 def _maddw(a: Array, b: Array) -> Array:
     products = a.astype(np.int64).reshape(-1, 2) * b.astype(np.int64).reshape(-1, 2)
     return np.asarray(products.sum(1), np.int32)
+
+
+def _packed(lo: int, hi: int, dtype: type[np.generic]) -> Callable[[Array, Array], Array]:
+    """Two vectors narrowed with saturation: by 128 bits, those of the first, then those of the second."""
+
+    def meaning(a: Array, b: Array) -> Array:
+        both = np.stack([v.reshape(-1, 16 // v.itemsize) for v in (a, b)], 1)
+        return np.asarray(np.clip(both, lo, hi).reshape(-1), dtype)
+
+    return meaning
 
 
 def _permute(table: Array, index: Array) -> Array:
@@ -120,6 +132,22 @@ VPMADDWD_512 = Instruction(
     (VecType(S16, 32), VecType(S16, 32)),
     _maddw,
 )
+VPACKSSDW_512 = Instruction(
+    "vpackssdw.512",
+    "llvm.x86.avx512.packssdw.512",
+    "avx512bw",
+    VecType(S16, 32),
+    (VecType(S32, 16), VecType(S32, 16)),
+    _packed(-32768, 32767, np.int16),
+)
+VPACKUSWB_512 = Instruction(
+    "vpackuswb.512",
+    "llvm.x86.avx512.packuswb.512",
+    "avx512bw",
+    VecType(U8, 64),
+    (VecType(S16, 32), VecType(S16, 32)),
+    _packed(0, 255, np.uint8),
+)
 VPSHUFB_512 = Instruction(
     "vpshufb.512", "llvm.x86.avx512.pshuf.b.512", "avx512bw", _bytes(64), (_bytes(64), _bytes(64)), _pshufb
 )
@@ -163,6 +191,8 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     PMADDWD_128,
     VPMADDUBSW_512,
     VPMADDWD_512,
+    VPACKSSDW_512,
+    VPACKUSWB_512,
     VPSHUFB_512,
     VPSHUFB_256,
     VPSHUFB_128,

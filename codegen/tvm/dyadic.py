@@ -10,17 +10,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from bitwright.codegen.instructions import x86
+from bitwright.codegen.tvm.spelling import call
 from bitwright.codegen.tvm.tir import Builder, Vec, const, shuffle
 from bitwright.codegen.tvm.vecmath import keep
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
-from bitwright.ir.types import S32, S64, DType
+from bitwright.ir.types import S32, S64, U8, DType
 from bitwright.ir.weights import Array
 
 Range = tuple[int, int]
@@ -57,8 +59,11 @@ def form_of(op: ops.Requantize, multiplier: Array, shift: Array, operand: Range)
     return None
 
 
-def emit_form(b: Builder, op: ops.Requantize, acc: Vec, multiplier: Vec, shift: Vec, form: Form) -> Vec:
-    """The requantize as ``form``; ``acc`` of at most 32 bits, the constants s32 of equal lanes."""
+def emit_form(
+    b: Builder, op: ops.Requantize, acc: Vec, multiplier: Vec, shift: Vec, form: Form, wide: bool = False
+) -> Vec:
+    """The requantize as ``form``; ``acc`` of at most 32 bits, the constants s32 of equal lanes. ``wide``: as s32,
+    before the clamp."""
     value = acc.cast(S32)
     if form.kind == "shift":
         value = (value + (1 << (form.by - 1))) >> form.by
@@ -70,7 +75,7 @@ def emit_form(b: Builder, op: ops.Requantize, acc: Vec, multiplier: Vec, shift: 
         value = (upper + (const(1, S32, acc.lanes) << (e - 1))) >> e
     if op.zero:
         value = value + op.zero
-    return value if op.dtype == S32 else keep(b, value).max(op.dtype.lo).min(op.dtype.hi).cast(op.dtype)
+    return value if wide or op.dtype == S32 else keep(b, value).max(op.dtype.lo).min(op.dtype.hi).cast(op.dtype)
 
 
 def _upper(b: Builder, x: Vec, y: Vec) -> Vec:
@@ -87,6 +92,14 @@ def _upper(b: Builder, x: Vec, y: Vec) -> Vec:
     low, high = keep(b, even(x) * even(y)).bits(S32), keep(b, odd(x) * odd(y)).bits(S32)
     order = [n for i in range(1, x.lanes, 2) for n in (i, x.lanes + i)]
     return shuffle([low, high], order)
+
+
+def packed_bytes(b: Builder, parts: Sequence[Vec]) -> Vec:
+    """Two or four s32x16 clamped to u8, in order (AVX-512): the instructions narrow by 128 bits, one permutation of
+    32-bit lanes puts them in order."""
+    words = [keep(b, call(x86.VPACKSSDW_512, parts[i], parts[i + 1])) for i in range(0, len(parts), 2)]
+    mixed = keep(b, call(x86.VPACKUSWB_512, words[0], words[-1])).bits(S32)
+    return mixed.shuffle([4 * (i % 4) + i // 4 for i in range(4 * len(parts))]).bits(U8)
 
 
 def forms(body: Graph, root: Node, constants: Mapping[str, Array]) -> tuple[tuple[str, Form], ...]:

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from bitwright.codegen.tvm.contract.epilogue import EpilogueParam
-from bitwright.codegen.tvm.dyadic import Form, emit_form
+from bitwright.codegen.tvm.contract.epilogue import EpilogueParam, one_by_one
+from bitwright.codegen.tvm.dyadic import Form, emit_form, packed_bytes
 from bitwright.codegen.tvm.pointwise import emit_pointwise, needs_exact, why_unsupported
 from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, const
 from bitwright.codegen.tvm.vecmath import keep
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
-from bitwright.ir.types import TensorType
+from bitwright.ir.types import U8, TensorType
 
 _SCALED = (ops.Quantize, ops.Dequantize, ops.Requantize)
 _HEAVY = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish pow sin cos tan".split())
@@ -78,6 +78,33 @@ class PointwiseEpilogue:
         return ""
 
     def store(self, b: Builder, pointers: Mapping[str, Pointer], acc: Vec, row: Index, col: Index, valid: int) -> None:
+        cols = int(self.root.type.shape[-1])
+        b.store(pointers["out"], row * cols + col, self._value(b, pointers, acc, row, col), valid)
+
+    def store_row(
+        self, b: Builder, pointers: Mapping[str, Pointer], accs: Sequence[Vec], row: Index, col: Index, valid: int
+    ) -> None:
+        """Bytes of two or four vectors are narrowed and stored together."""
+        lanes, cols = accs[0].lanes, int(self.root.type.shape[-1])
+        together = next((n for n in (4, 2) if self._packs and n <= len(accs) and n * lanes <= valid), 0)
+        if not together:
+            one_by_one(self, b, pointers, accs, row, col, valid)
+            return
+        parts = [self._value(b, pointers, a, row, col + j * lanes, wide=True) for j, a in enumerate(accs[:together])]
+        b.store(pointers["out"], row * cols + col, packed_bytes(b, parts))
+        if rest := accs[together:]:
+            self.store_row(b, pointers, rest, row, col + together * lanes, valid - together * lanes)
+
+    @cached_property
+    def _packs(self) -> bool:
+        """Whether the result is a requantize to bytes whose clamp the narrowing instructions can do."""
+        last = self.body.producers[self.body.outputs[0]]
+        return self.isa == "avx512-vnni" and last.type.dtype == U8 and last.output in dict(self.forms)
+
+    def _value(
+        self, b: Builder, pointers: Mapping[str, Pointer], acc: Vec, row: Index, col: Index, wide: bool = False
+    ) -> Vec:
+        """The result for one vector; ``wide``: as s32, before the last clamp."""
         values: dict[str, Vec] = {self.root.output: keep(b, acc)}
         position = {v.name: i for i, v in enumerate(self.body.inputs)}
         exact, forms = needs_exact(self.body), dict(self.forms)
@@ -93,12 +120,13 @@ class PointwiseEpilogue:
                     values[x] = keep(b, self._load(b, pointers[f"e{position[x]}"], t, row, col, acc.lanes))
             args = [values[x] for x in n.inputs]
             if isinstance(n.op, ops.Requantize) and n.output in forms:
-                result = emit_form(b, n.op, args[0], args[1], args[2], forms[n.output])
+                result = emit_form(
+                    b, n.op, args[0], args[1], args[2], forms[n.output], wide and n.output == self.body.outputs[0]
+                )
             else:
                 result = emit_pointwise(b, n.op, args, isa=self.isa, exact=exact)
             values[n.output] = keep(b, result)
-        cols = int(self.root.type.shape[-1])
-        b.store(pointers["out"], row * cols + col, values[self.body.outputs[0]], valid)
+        return values[self.body.outputs[0]]
 
     def _load(self, b: Builder, pointer: Pointer, t: TensorType, row: Index, col: Index, lanes: int) -> Vec:
         """The operand's values at (row, col .. col + lanes), broadcast as NumPy does."""

@@ -42,6 +42,25 @@ class Epilogue(Protocol):
         self, b: Builder, pointers: Mapping[str, Pointer], acc: Vec, row: Index, col: Index, valid: int
     ) -> None: ...
 
+    def store_row(
+        self, b: Builder, pointers: Mapping[str, Pointer], accs: Sequence[Vec], row: Index, col: Index, valid: int
+    ) -> None:
+        """:meth:`store` for the vectors of consecutive columns, of which the first ``valid`` lanes count."""
+
+
+def one_by_one(
+    epilogue: Epilogue,
+    b: Builder,
+    pointers: Mapping[str, Pointer],
+    accs: Sequence[Vec],
+    row: Index,
+    col: Index,
+    valid: int,
+) -> None:
+    """:meth:`Epilogue.store_row` by :meth:`Epilogue.store`."""
+    for j, acc in enumerate(accs):
+        epilogue.store(b, pointers, acc, row, col + j * acc.lanes, min(acc.lanes, valid - j * acc.lanes))
+
 
 @dataclass(frozen=True)
 class StoreAcc:
@@ -58,3 +77,8 @@ class StoreAcc:
 
     def store(self, b: Builder, pointers: Mapping[str, Pointer], acc: Vec, row: Index, col: Index, valid: int) -> None:
         b.store(pointers["out"], row * self.cols + col, acc, valid)
+
+    def store_row(
+        self, b: Builder, pointers: Mapping[str, Pointer], accs: Sequence[Vec], row: Index, col: Index, valid: int
+    ) -> None:
+        one_by_one(self, b, pointers, accs, row, col, valid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from math import ceil, prod
+from math import prod
 
 from bitwright.codegen.tvm.contract.engine import Engine, Generic, Operand, PairBytes
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
@@ -34,11 +34,19 @@ class Streams:
 
 
 @dataclass(frozen=True)
+class Fetch:
+    """Cache lines to ask for while a tile runs: with every block of its steps the next ``elements`` from ``start``."""
+
+    pointer: Pointer
+    start: Index
+    elements: int
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a tile is: output row and column, activation index per row, weight and index base, valid columns.
 
-    ``ahead``: distance from the weights of a step to ``lines`` cache lines that the tile fetches for later;
-    ``fetch``: activations (pointer, first, how many to an activation that the tile reads) to fetch for a later tile.
+    ``fetch``: memory that the tile asks for, for later ones.
     """
 
     row: Index
@@ -48,20 +56,19 @@ class Place:
     indices: Index
     vectors: int
     cols: int
-    ahead: Index = 0
-    lines: int = 0
-    fetch: tuple[Pointer, Index, int] | None = None
+    fetch: tuple[Fetch, ...] = ()
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where the reduction stands: activation index per row, weight and index position, and which of the steps that
-    share a vector of weights it is."""
+    """Where the reduction stands: activation index per row, weight and index position, which of the steps that share a
+    vector of weights it is, and the number of the block of steps."""
 
     x: list[Index]
     weights: Index
     indices: Index
     part: int = 0
+    block: Index = 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,8 @@ class _Tile:
             x = [b.index(i + t * distance) for i in at.x]
             weights = b.index(at.weights + t * (inner * plan.all_weight_vectors * self.weight_step))
             indices = b.index(at.indices + t * (inner * plan.vectors * self.index_step))
-            self.reduce(depth + 1, Cursor(x, weights, indices))
+            blocks = at.block + t * (inner * (plan.full + (plan.tail is not None)))
+            self.reduce(depth + 1, Cursor(x, weights, indices, block=blocks))
 
     def _run(self, at: Cursor) -> None:
         plan, block = self.writer.plan, self.writer.plan.block
@@ -131,7 +139,7 @@ class _Tile:
 
         def moved(k: Index) -> Cursor:
             x = [i + k * block.advance for i in at.x]
-            return Cursor(x, at.weights + k * weights, at.indices + k * indices)
+            return Cursor(x, at.weights + k * weights, at.indices + k * indices, block=at.block + k)
 
         def blocks(first: Index, count: int) -> None:
             long = self.writer.spill and count * len(block.steps) >= UNROLLED
@@ -168,14 +176,12 @@ class _Tile:
     def _block(self, block: Block, at: Cursor) -> None:
         writer, engine = self.writer, self.writer.engine
         start, windows = -1, list[Vec]()
+        for fetch in self.place.fetch:
+            for offset in range(0, fetch.elements, LINE // width(fetch.pointer.dtype)):
+                writer.b.prefetch(fetch.pointer, fetch.start + at.block * fetch.elements + offset)
         for n, step in enumerate(block.steps):
             vector, part = divmod(n, writer.plan.fields)
             here = Cursor(at.x, at.weights + vector * self.weight_step, at.indices, part)
-            for line in range(self.place.lines if part == 0 else 0):
-                stream = writer.streams.weights
-                writer.b.prefetch(stream, here.weights + self.place.ahead + line * (LINE // width(stream.dtype)))
-            if part == 0:
-                self._fetch(block, vector, at)
             if not writer.plan.sparse:
                 self._dense_step(here if not step.start else replace(here, x=[i + step.start for i in at.x]))
             elif isinstance(engine, Generic):
@@ -185,17 +191,6 @@ class _Tile:
                     start, reach = step.start, self._reach(block, step.start)
                     windows = [engine.window(writer.b, writer.streams.x, i + start, reach) for i in at.x]
                 self._select_step(step, windows, here)
-
-    def _fetch(self, block: Block, vector: int, at: Cursor) -> None:
-        """Ask for the cache lines of ``place.fetch`` that are this step's share."""
-        if self.place.fetch is None:
-            return
-        x, start, times = self.place.fetch
-        step = block.advance // self.writer.plan.weight_vectors(block)
-        first = start + (at.x[0] - self.place.x[0] + vector * step) * times
-        line = LINE // width(x.dtype)
-        for n in range(ceil(step * times / line)):
-            self.writer.b.prefetch(x, first + n * line)
 
     def _dense_step(self, at: Cursor) -> None:
         engine, b, x = self.writer.engine, self.writer.b, self.writer.streams.x
@@ -255,13 +250,11 @@ class _Tile:
         b, lanes, rows = self.writer.b, self.writer.engine.lanes, len(self.acc)
         if not self.writer.epilogue.heavy or rows == 1:
             for i, row in enumerate(self.acc):
-                for j, register in enumerate(row):
-                    self._store(register.get(), self.place.row + i, j)
+                self._store([register.get() for register in row], self.place.row + i)
             return
         spilled = [self._spill([row[j] for row in self.acc]) for j in range(self.place.vectors)]
         with b.loop(rows, name="row") as i:
-            for j, memory in enumerate(spilled):
-                self._store(b.load(memory, i * lanes, lanes), self.place.row + i, j)
+            self._store([b.load(memory, i * lanes, lanes) for memory in spilled], self.place.row + i)
 
     def _spill(self, column: list[Register]) -> Pointer:
         b, lanes = self.writer.b, self.writer.engine.lanes
@@ -270,14 +263,16 @@ class _Tile:
             b.store(memory, i * lanes, register.get())
         return memory
 
-    def _store(self, acc: Vec, row: Index, j: int) -> None:
-        writer, lanes = self.writer, self.writer.engine.lanes
-        valid = min(lanes, self.place.cols - j * lanes)
-        col = self.place.col + j * lanes
-        if writer.scaled:
-            acc = writer.engine.total(acc)
-            acc = acc if writer.streams.init is None else acc + writer.b.load(writer.streams.init, col, lanes)
-        writer.epilogue.store(writer.b, writer.pointers, writer.b.let(acc), row, col, valid)
+    def _store(self, accs: list[Vec], row: Index) -> None:
+        """One row of the tile."""
+        writer, lanes, sums = self.writer, self.writer.engine.lanes, list[Vec]()
+        for j, acc in enumerate(accs):
+            if writer.scaled:
+                acc = writer.engine.total(acc)
+                col = self.place.col + j * lanes
+                acc = acc if writer.streams.init is None else acc + writer.b.load(writer.streams.init, col, lanes)
+            sums.append(writer.b.let(acc))
+        writer.epilogue.store_row(writer.b, writer.pointers, sums, row, self.place.col, self.place.cols)
 
 
 def _kept(b: Builder, count: int) -> Index:

@@ -48,6 +48,7 @@ class Order:
 def templates() -> dict[str, Template]:
     """Every kernel template by name."""
     from bitwright.codegen.tvm.attention import AttentionTemplate
+    from bitwright.codegen.tvm.attention_decode import Decode
     from bitwright.codegen.tvm.contract_template import Contract
     from bitwright.codegen.tvm.elementwise import Elementwise
     from bitwright.codegen.tvm.generic import Generic
@@ -60,8 +61,8 @@ def templates() -> dict[str, Template]:
     from bitwright.codegen.tvm.rows import Rows
 
     known: tuple[Template, ...] = (
-        Lut(), Grouped(), Lanes(), Contract(), Dynamic(), AttentionTemplate(), Rows(), Pool(), Move(), Elementwise(),
-        Generic(),
+        Lut(), Grouped(), Lanes(), Contract(), Dynamic(), Decode(), AttentionTemplate(), Rows(), Pool(), Move(),
+        Elementwise(), Generic(),
     )  # fmt: skip
     return {t.name: t for t in known}
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitwright import cli_advise
+from bitwright.cli_options import Calibration, Compiled, Input, Model, Recipe, TargetName, Threads
+from bitwright.cli_options import load as _load
+from bitwright.cli_options import progress as _progress
 from bitwright.ir.errors import BitwrightError, InvalidInput
 
 if TYPE_CHECKING:
-    from bitwright.ir.graph import Graph
     from bitwright.runtime.program import Program
 
 app = typer.Typer(
@@ -27,17 +28,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[Path, typer.Argument(help="A model: .onnx, .pt2 (torch.export.save) or .bw-ir (bitwright's text).")]
-Compiled = Annotated[Path, typer.Argument(metavar="MODEL.BW", help="A compiled program. It is native code: trust it.")]
-TargetName = Annotated[str, typer.Option("--target", "-t", help="Machine to compile for; see `bitwright targets`.")]
-Recipe = Annotated[str, typer.Option("--recipe", "-r", help='Passes and recipes, as in "nm-mask{pattern=2:4}, int8".')]
-Calibration = Annotated[
-    Path | None,
-    typer.Option("--calibrate", "-c", help=".npz of real inputs, or a folder; `synthetic`: made from batch norms."),
-]
-Input = Annotated[Path | None, typer.Option("--input", "-i", help=".npz with the inputs by name.")]
-Threads = Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads one call uses.")]
 
 
 class Peer(StrEnum):
@@ -104,8 +94,8 @@ def compile_command(
         progress(f"reading {model.name}", 0.0)
         graph = _load(model)
         data = "synthetic" if made_up else cli_io.calibration(calibrate, graph)
-        common: dict[str, Any] = {"target": target, "recipe": recipe, "calibration": data, "batch": batch, "progress": progress}
-        common |= {"sizes": cli_io.sizes(size), "dump": dump, "budget": budget}
+        common: dict[str, Any] = {"target": target, "recipe": recipe, "calibration": data, "batch": batch}
+        common |= {"sizes": cli_io.sizes(size), "dump": dump, "budget": budget, "progress": progress}
         program = sources(graph, model.stem, common) if sources else driver.compile(
             graph, threads=threads, measure=measure, **common
         )  # fmt: skip
@@ -237,19 +227,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
-def advise(
-    model: Model,
-    target: TargetName = "host",
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a model with a symbolic batch.")] = 1,
-) -> None:
-    """Say what would pay on a target, layer by layer, before anything is pruned or compiled."""
-    from bitwright import cli_show, driver
-
-    with _progress() as progress:
-        progress(f"reading {model.name}", 0.0)
-        rows = driver.advise(_load(model), target, batch=batch)
-    cli_show.console().print(cli_show.advice(rows))
+app.command()(cli_advise.advise)
 
 
 # --- graphs as text ------------------------------------------------------------------------------------------
@@ -344,30 +322,10 @@ def recipes() -> None:
 # --- shared --------------------------------------------------------------------------------------------------
 
 
-def _load(path: Path) -> Graph:
-    from bitwright import cli_io
-
-    return cli_io.load_model(path)
-
-
 def _program(path: Path) -> Program:
     from bitwright.runtime.program import Program
 
     return Program.load(path)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A progress line on a terminal's stderr; silent elsewhere."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from bitwright import cli_show
-
-    console = cli_show.console(stderr=True)
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda label, fraction: bar.update(task, description=label[:32], completed=min(fraction, 1.0))
 
 
 def main() -> None:

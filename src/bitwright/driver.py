@@ -18,6 +18,7 @@ from bitwright.ir.target import Target
 from bitwright.runtime.program import Program
 
 if TYPE_CHECKING:
+    from bitwright.advice import Advised
     from bitwright.c_program import CProgram
 
 Progress = Callable[[str, float], None]
@@ -332,12 +333,23 @@ def verify(
     return verify_program(loaded, graph, inputs, BOUND if bound is None else bound, data)
 
 
-def advise(model: Any, target: str | Target = "host", *, batch: int = 1, example_inputs: Any = None) -> list[Any]:
-    """What each number format and pattern would gain per layer, before anything is pruned."""
+def advise(
+    model: Any, target: str | Target = "host", *, batch: int = 1, example_inputs: Any = None, budget: str = "",
+    calibration: Any = None,
+) -> Advised:  # fmt: skip
+    """What each number format and pattern would gain per layer, before anything is pruned.
+
+    ``budget`` (as for ``compile``) adds the best plan within it: with ``calibration`` from measured losses, else from
+    what rounding and pruning take from the weights. Raises :class:`InvalidInput` for a budget nothing can meet.
+    """
+    from bitwright.advice import Advised
     from bitwright.advice import advise as advise_graph
+    from bitwright.advice_plan import plan
 
     graph, _ = optimize(to_graph(model, example_inputs), "simplify, fold-batch-norm")
-    return advise_graph(graph, resolve(target), batch)
+    machine = resolve(target)
+    found = plan(graph, machine, budget, calibration, batch) if budget else None
+    return Advised(advise_graph(graph, machine, batch), found)
 
 
 __all__ = [

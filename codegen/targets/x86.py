@@ -33,11 +33,19 @@ _AVX_VNNI_F32 = _gains(1.21, 1.21, 2.38, 2.39, 0.24, 4.56, 0.46, 0.94)
 _PORTABLE_INT8 = _gains(0.57, 0.61, 1.11, 1.08, 1.20, 2.19, 2.34, 4.39)
 _PORTABLE_F32 = _gains(0.27, 0.28, 0.57, 0.54, 0.55, 1.13, 1.09, 2.27)
 
-# Activations in lanes (tvm/lanes), with the transposition of activations and results: 128x768x3072 (2026-11-21).
-_AVX512_LANES = (
-    LanesRate(U8, 1, 1.75, 0.055), LanesRate(U8, 2, 1.15, 0.05), LanesRate(U8, 4, 1.0, 0.03),
-    LanesRate(F32, 1, 1.45, 0.085), LanesRate(F32, 2, 1.15, 0.03), LanesRate(F32, 4, 1.02, 0.015),
-)  # fmt: skip
+
+# Kernels with activations in lanes (tvm/lanes), transpositions included: units of 32 bits that 1, 2 and 4 outputs share
+# at shares from 0.1 to 0.5, 128x3072x768 and 128x768x3072 (AVX-512) or 128x768x768, one thread (2026-11-21).
+def _lanes(x: DType, *times: tuple[float, float]) -> tuple[LanesRate, ...]:
+    return tuple(LanesRate(x, shared, *time) for shared, time in zip((1, 2, 4), times, strict=True))
+
+
+_YMM_F32_LANES = _lanes(F32, (1.4, 0.03), (1.15, 0.02), (1.13, 0.02))
+_AVX512_F32_LANES = _lanes(F32, (1.5, 0.08), (1.15, 0.03), (1.02, 0.02))
+_AVX512_LANES = _lanes(U8, (1.55, 0.1), (1.05, 0.055), (1.0, 0.045)) + _AVX512_F32_LANES
+_AVX_VNNI_LANES = _lanes(U8, (1.31, 0.044), (1.15, 0.025), (1.15, 0.025)) + _YMM_F32_LANES
+_AVX2_LANES = _lanes(U8, (1.02, 0.018), (1.02, 0.015), (1.01, 0.012)) + _YMM_F32_LANES
+_PORTABLE_LANES = _lanes(F32, (1.82, 0.01), (1.52, 0.01), (2.05, 0.02))
 
 AVX512_VNNI = Target(
     name="x86-avx512-vnni", kind="cpu", isa="avx512-vnni", mcpu="znver4",
@@ -57,7 +65,7 @@ AVX_VNNI = Target(
     memory_bandwidth=30e9, cache_bandwidth=80e9, vector_ops_per_second=32e9, launch_seconds=3e-8,
     rates=(Rate(U8, S8, S32, 420e9), Rate(F32, F32, F32, 125e9)),
     sparse=_sparse(U8, _YMM_INT8) + _sparse(F32, _AVX_VNNI_F32),
-    activation=U8, source="measured on one Zen 5 core, 4.1 GHz, 256-bit code",
+    activation=U8, source="measured on one Zen 5 core, 4.1 GHz, 256-bit code", lanes=_AVX_VNNI_LANES,
 )  # fmt: skip
 
 # pmaddubsw and paddw, widened with pmaddwd once in so many products; 128x3072x768, one thread (2026-11-21), where
@@ -74,7 +82,7 @@ AVX2 = Target(
     memory_bandwidth=30e9, cache_bandwidth=80e9, vector_ops_per_second=32e9, launch_seconds=3e-8,
     rates=(Rate(U8, S8, S32, 200e9), Rate(F32, F32, F32, 125e9), *_AVX2_S16),
     sparse=_sparse(U8, _YMM_INT8) + _sparse(F32, _AVX2_F32),
-    activation=U8, source="measured on one Zen 5 core, 4.1 GHz, AVX2 code",
+    activation=U8, source="measured on one Zen 5 core, 4.1 GHz, AVX2 code", lanes=_AVX2_LANES,
 )  # fmt: skip
 
 PORTABLE = Target(
@@ -84,5 +92,5 @@ PORTABLE = Target(
     memory_bandwidth=20e9, cache_bandwidth=40e9, vector_ops_per_second=12e9, launch_seconds=3e-8,
     rates=(Rate(U8, S8, S32, 25e9), Rate(F32, F32, F32, 25e9)),
     sparse=_sparse(U8, _PORTABLE_INT8) + _sparse(F32, _PORTABLE_F32), activation=U8,
-    source="estimate for baseline x86-64 code",
+    source="estimate for baseline x86-64 code", lanes=_PORTABLE_LANES,
 )  # fmt: skip

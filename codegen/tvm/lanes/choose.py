@@ -44,10 +44,14 @@ def refusal(spec: ContractSpec, isa: Isa) -> str:
     return f"an operand of {largest} elements is beyond 32-bit indices" if largest >= 1 << 30 else ""
 
 
-def shared_by(encoding: Encoding | None) -> int:
-    """How many outputs of a pattern share entries: 4, 2 or 1."""
+def sharings(encoding: Encoding | None) -> tuple[int, ...]:
+    """How many outputs may share entries under a pattern: of 1, 2 and 4 those that divide what it shares.
+
+    >>> sharings(NM(1, 4, 1, shared=16)), sharings(NM(1, 4, 1))
+    ((1, 2, 4), (1,))
+    """
     shared = encoding.shared if isinstance(encoding, NM) else 1
-    return 4 if shared % 4 == 0 else 2 if shared % 2 == 0 else 1
+    return tuple(n for n in (1, 2, 4) if shared % n == 0)
 
 
 def filled(spec: ContractSpec, isa: Isa) -> float:

@@ -11,7 +11,7 @@ from bitwright.codegen.tuning.space import Point, Space
 from bitwright.codegen.tvm import contract
 from bitwright.codegen.tvm.contract.spec import ContractSpec
 from bitwright.codegen.tvm.contract_template import Contract, ContractConfig, epilogue_of, initial, root_of
-from bitwright.codegen.tvm.lanes.choose import default_knobs, filled, refusal, shared_by
+from bitwright.codegen.tvm.lanes.choose import default_knobs, filled, refusal, sharings
 from bitwright.codegen.tvm.lanes.emit import emit, memory_of
 from bitwright.codegen.tvm.lanes.packing import kept_of, pack, units_of, unpack
 from bitwright.codegen.tvm.lanes.spec import LanesKnobs, Shape
@@ -53,13 +53,11 @@ class Lanes(Contract):
         spec = dense.spec
         if why := refusal(spec, target.isa):
             return Refused(why)
-        shared = shared_by(encoding)
-        kept = kept_of(units_of(spec, weight), shared)
-        share = float(np.count_nonzero(kept)) / kept.size
-        gain, other = filled(spec, target.isa) * target.lanes_gain(spec.input_dtype, share, shared), 1.0
+        gain, shared, kept = _best(spec, weight, encoding, target)
+        share, other = _share(kept), 1.0
         if isinstance(encoding, NM) and not contract.supports(_with(spec, encoding), target.isa):
             other = max(1.0, target.sparse_gain(spec.input_dtype, encoding))
-        if gain < PAYS * other:
+        if gain < max(PAYS, other):
             return Refused(_loses(body.types[root.inputs[1]], share, gain, other, target))
         safe = spec.element == "u8s8" and target.isa == "avx2" and contract.pairs_are_safe(spec, weight)
         tile = default_knobs(spec, target.isa, kept, shared, encoding, safe_pairs=safe)
@@ -88,6 +86,19 @@ class Lanes(Contract):
             return "these weights can saturate pmaddubsw"
         pattern = body.inputs[config.weight].type.encoding
         return violation(again, pattern) if pattern else ""
+
+
+def _best(spec: ContractSpec, weight: Array, encoding: NM | Unstructured, target: Target) -> tuple[float, int, Array]:
+    """The expected gain of the best number of outputs that share entries, that number, and the units they keep."""
+    units, found = units_of(spec, weight), []
+    for n in sharings(encoding):
+        kept = kept_of(units, n)
+        found.append((filled(spec, target.isa) * target.lanes_gain(spec.input_dtype, _share(kept), n), n, kept))
+    return max(found, key=lambda choice: (choice[0], -choice[1]))
+
+
+def _share(kept: Array) -> float:
+    return float(np.count_nonzero(kept)) / max(1, kept.size)
 
 
 def _without(body: Graph, weight: str) -> Graph:

@@ -13,9 +13,9 @@ from bitwright.passes._spec import parse_passes
 RECIPES: Mapping[str, str] = {
     "none": "",
     "float": "",
-    "int8": "observe-ranges, quantize-int8",
+    "int8": "observe-ranges, quantize-int8, lower-attention",
     "sparse": "nm-mask{pattern=2:4}, reconstruct",
-    "sparse-int8": "nm-mask{pattern=2:4}, reconstruct, observe-ranges, quantize-int8",
+    "sparse-int8": "nm-mask{pattern=2:4}, reconstruct, observe-ranges, quantize-int8, lower-attention",
     "transposable": "transposable-mask{pattern=4:8}, reconstruct",
     # the norms come last: they mend what the formats that were chosen did
     "ptq-light": "observe-ranges{method=mse also=4}, assign-precision, retune-norms",

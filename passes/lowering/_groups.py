@@ -101,9 +101,9 @@ class Groups:
         return list(roots.values())
 
     def _around_attention(self, group: list[Node], root: Node) -> list[Node]:
-        """Views before attention are strides of its kernel, and so are the views (and a quantize) after it."""
+        """Views before attention are strides of its kernel, and so are the views (and a quantize or cast) after it."""
         head, chain = root, list[Node]()
-        while isinstance(head.op, (ops.Transpose, ops.Reshape, ops.Quantize)):
+        while isinstance(head.op, (ops.Transpose, ops.Reshape, ops.Quantize, ops.Cast)):
             below = self._producer(head.inputs[0], [*group, *chain])
             if below is None:
                 return group

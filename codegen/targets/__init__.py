@@ -9,14 +9,15 @@ from bitwright.codegen.targets.x86_bf16 import AVX512_BF16
 from bitwright.ir.errors import InvalidInput, did_you_mean
 from bitwright.ir.target import Target
 
-BUILTIN: dict[str, Target] = {
-    t.name: t for t in (AVX512_BF16, x86.AVX512_VNNI, x86.AVX_VNNI, x86.AVX2, x86.PORTABLE, c99.C)
-}
+BUILTIN: dict[str, Target] = {t.name: t for t in (AVX512_BF16, x86.AVX512_VNNI, x86.AVX_VNNI, x86.AVX2, x86.PORTABLE)}
+"""Machines that programs are loaded on."""
+SOURCES: dict[str, Target] = {c99.C.name: c99.C}
+"""What sources are written for."""
 
 
 def names() -> list[str]:
     """What ``--target`` takes."""
-    return ["host", *BUILTIN]
+    return ["host", *BUILTIN, *SOURCES]
 
 
 def resolve(target: str | Target, *, calibrate: bool = True) -> Target:
@@ -25,11 +26,12 @@ def resolve(target: str | Target, *, calibrate: bool = True) -> Target:
         return target
     if target == "host":
         return host(calibrate=calibrate)
-    if target not in BUILTIN:
+    known = BUILTIN | SOURCES
+    if target not in known:
         raise InvalidInput(
             f"unknown target {target!r}{did_you_mean(target, names())}; `bitwright targets` lists them all"
         )
-    return BUILTIN[target]
+    return known[target]
 
 
 def host(*, calibrate: bool = True) -> Target:
@@ -40,11 +42,7 @@ def host(*, calibrate: bool = True) -> Target:
     from bitwright.codegen.targets.machine import caches, cores, cpu_flags, measured
 
     flags = cpu_flags()
-    base = next(
-        t
-        for t in BUILTIN.values()
-        if t.kind == "cpu" and {f.replace("avxvnni", "avx_vnni") for f in t.features} <= flags
-    )
+    base = next(t for t in BUILTIN.values() if {f.replace("avxvnni", "avx_vnni") for f in t.features} <= flags)
     sizes = caches()
     known = {f"l{level}_bytes": size for level, size in sizes.items() if level in (1, 2, 3)}
     target = replace(base, name="host", cores=cores(), **known)  # type: ignore[arg-type]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from bitwright.ir import ops
-from bitwright.ir.build import Rewriter
 from bitwright.ir.graph import Graph, Node
 from bitwright.passes._pass import Context, Pass
+from bitwright.passes.lowering import _nhwc
 
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 _PLACE = {0: 0, 1: 3, 2: 1, 3: 2}  # where an NCHW axis stands in NHWC
@@ -48,7 +48,7 @@ class ChannelsLast(Pass):
         return rw.done()
 
 
-class _Layout(Rewriter):
+class _Layout(_nhwc.Twins):
     """Keeps, beside the plain form of a value, its channels-last twin; each is made when first asked for."""
 
     def __init__(self, graph: Graph) -> None:
@@ -113,6 +113,8 @@ class _Layout(Rewriter):
         if isinstance(op, ops.Pad) and node.type.rank == 4:
             padding = tuple(op.padding[4 * half + axis] for half in (0, 1) for axis in TO_LAST)
             return self.emit_last(node, replace(op, padding=padding), self.twin(x))
+        if (respelled := _nhwc.RESPELLED.get(type(op))) is not None:
+            return respelled(self, node, op)
         if isinstance(op, ops.Reduce) and sorted(a % 4 for a in op.axes) == [2, 3]:
             return self._global(node, op)
         if isinstance(op, ops.Reshape) and self.graph.types[x].shape[2:] == (1, 1) and node.type.rank == 2:

@@ -40,6 +40,9 @@ def violation(weight: Array, encoding: Encoding) -> str:
         return _too_many(weight, encoding.keep, encoding.group, 1 if encoding.axis % weight.ndim == 0 else 0)
     if isinstance(encoding, Unstructured) and encoding.count:
         return _too_many(weight, encoding.count, encoding.per, encoding.axis, block=encoding.block)
+    if isinstance(encoding, Unstructured) and encoding.kept < 1.0:
+        share_of = kept_blocks(weight, encoding.axis, encoding.block)
+        return "" if share_of <= encoding.kept else f"{share_of:.4%} of the blocks are kept, not {encoding.kept:.4%}"
     if isinstance(encoding, Codebook):
         count = len(np.unique(weight))
         return "" if count <= encoding.entries else f"{count} distinct values, at most {encoding.entries} allowed"
@@ -102,6 +105,13 @@ def _too_many(weight: Array, keep: int, group: int, axis: int, shared: int = 1, 
     where = [int(i) for i in np.unravel_index(int((count - allowed).argmax()), count.shape)]
     most, size = int(allowed[where[-1]]), tail if tail and where[-1] == count.shape[-1] - 1 else group
     return f"{int(count[tuple(where)])} non-zeros in the group at {where}, at most {most} of {size} allowed"
+
+
+def kept_blocks(weight: Array, axis: int, block: int = 1) -> float:
+    """Share of the blocks of ``block`` consecutive elements along ``axis`` that hold a non-zero."""
+    if block == 1 or not weight.size:
+        return density(weight)
+    return density(np.any(grouped(weight != 0, 1, axis, block), (-1, -2)))
 
 
 def density(weight: Array) -> float:

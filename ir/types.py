@@ -169,7 +169,8 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Unstructured:
-    """At most ``count`` non-zeros in every ``per`` elements along ``axis``; count 0: no fixed bound.
+    """At most ``count`` non-zeros in every ``per`` elements along ``axis``; count 0: no fixed bound, but of all blocks
+    at most the share ``kept``.
 
     A convolution's weights [out, in, *kernel] have their runs along the inputs (axis 1) of each tap. ``block``
     consecutive elements are kept or dropped together, and count and per then count blocks. A shorter last run
@@ -180,10 +181,13 @@ class Unstructured:
     per: int = 0
     axis: int = -1
     block: int = 1
+    kept: float = 1.0
 
     def __post_init__(self) -> None:
         if not (1 <= self.count <= self.per or self.count == self.per == 0):
             raise InvalidInput(f"a fixed count needs 1 <= count <= per, got {self.count} per {self.per}")
+        if not 0.0 <= self.kept <= 1.0 or (self.count and self.kept != 1.0):
+            raise InvalidInput(f"kept is the share of all blocks without a fixed count, not {self.kept}")
         if self.block < 1:
             raise InvalidInput(f"block is at least 1, not {self.block}")
 
@@ -191,11 +195,12 @@ class Unstructured:
         parts = [f"{self.count} per {self.per}"]
         parts += [f"axis={self.axis}"] if self.axis != -1 else []
         parts += [f"block={self.block}"] if self.block != 1 else []
+        parts += [f"kept={self.kept!r}"] if self.kept != 1.0 else []
         return f"unstructured<{', '.join(parts)}>"
 
     @property
     def density(self) -> float:
-        return self.count / self.per if self.per else 1.0
+        return self.count / self.per if self.per else self.kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +232,10 @@ def parse_encoding(text: str) -> Encoding:
         return NM(int(m[1]), int(m[2]), int(m[3]), **options)  # type: ignore[arg-type]
     if m := re.fullmatch(r"block<(\d+)x(\d+)>", text):
         return Block(int(m[1]), int(m[2]))
-    if m := re.fullmatch(r"unstructured<(\d+) per (\d+)(?:, *axis=(-?\d+))?(?:, *block=(\d+))?>", text):
-        return Unstructured(int(m[1]), int(m[2]), int(m[3] or -1), int(m[4] or 1))
+    if m := re.fullmatch(
+        r"unstructured<(\d+) per (\d+)(?:, *axis=(-?\d+))?(?:, *block=(\d+))?(?:, *kept=([\d.e-]+))?>", text
+    ):
+        return Unstructured(int(m[1]), int(m[2]), int(m[3] or -1), int(m[4] or 1), float(m[5] or 1.0))
     if m := re.fullmatch(r"codebook<(\d+)>", text):
         return Codebook(int(m[1]))
     raise InvalidInput(f"{text!r} is not an encoding (nm<2:4, axis=1>, block<4x4>, unstructured<2 per 8>, ...)")

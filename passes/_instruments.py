@@ -119,6 +119,7 @@ def replay(path: str | Path) -> tuple[Graph, PipelineReport]:
 def random_weights(graph: Graph, seed: int = 0) -> Weights:
     """Values for every weight a graph names: floats are normal, integers fill their type; encodings are obeyed."""
     from bitwright.ir.types import NM, Unstructured
+    from bitwright.passes.sparsity.magnitude_mask import unstructured_mask_array
     from bitwright.passes.sparsity.masks import fixed_count_mask_array, nm_mask_array
 
     out: dict[str, np.ndarray[Any, Any]] = {}
@@ -136,6 +137,8 @@ def random_weights(graph: Graph, seed: int = 0) -> Weights:
             a = a * nm_mask_array(a.astype(np.float64), e.keep, e.group, e.axis, e.shared, e.block)
         elif isinstance(t.encoding, Unstructured) and t.encoding.count:
             a = a * fixed_count_mask_array(a.astype(np.float64), t.encoding)
+        elif isinstance(t.encoding, Unstructured) and t.encoding.kept < 1.0:
+            a = a * unstructured_mask_array(a.astype(np.float64), t.encoding)
         out[node.op.ref] = np.asarray(a).astype(t.dtype.numpy)  # type: ignore[attr-defined]
     return Weights(out)
 

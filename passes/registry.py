@@ -26,6 +26,7 @@ PASSES: Mapping[str, str] = {
     "nm-mask": "sparsity.nm_mask:NMMask",
     "transposable-mask": "sparsity.transposable_mask:TransposableMask",
     "fixed-count-mask": "sparsity.fixed_count_mask:FixedCountMask",
+    "magnitude-mask": "sparsity.magnitude_mask:MagnitudeMask",
     "convert-unstructured": "sparsity.convert_unstructured:ConvertUnstructured",
     "reconstruct": "sparsity.reconstruct:Reconstruct",
     "unbiased-mask": "sparsity.unbiased_mask:UnbiasedMask",

@@ -164,15 +164,17 @@ class MaskingPass(Pass):
 
 
 def label(encoding: Mask) -> str:
-    """The pattern in short: ``2:4``, ``12 per 64``."""
+    """The pattern in short: ``2:4``, ``12 per 64``, ``90% zeros``."""
     if isinstance(encoding, NM):
         return f"{encoding.keep}:{encoding.group}"
+    if not encoding.count:
+        return f"{1.0 - encoding.kept:.0%} zeros" + (f" in blocks of {encoding.block}" if encoding.block > 1 else "")
     return f"{encoding.count} per {encoding.per}"
 
 
 def gain(target: Target, x: DType, encoding: Mask) -> float:
-    """Expected speed over dense; 0.0 without a kernel, which is so for every fixed count."""
-    return target.sparse_gain(x, encoding) if isinstance(encoding, NM) else 0.0
+    """Expected speed over dense; 0.0 without a kernel."""
+    return target.gain(x, encoding)
 
 
 def kept_unstructured(weight: Array, kept: int) -> float:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-from bitwright.ir.patterns import keep_in_tail, tightest_keeps, violation
+from bitwright.ir.patterns import keep_in_tail, kept_blocks, tightest_keeps, violation
 from bitwright.ir.target import Target
-from bitwright.ir.types import F32, NM, DType
+from bitwright.ir.types import F32, NM, DType, Unstructured
 from bitwright.ir.weights import Array
 from bitwright.passes.sparsity._masking import PAYS
 
@@ -21,6 +21,8 @@ CHANCE = 1e-3
 HALF = 0.5
 CLEARLY = 1.05
 """A wider group must be so much faster than a smaller one, which says more."""
+TOGETHER = 1.02
+"""So many more elements than are not zero may lie in blocks that are called kept."""
 FEW = 256
 """Outputs that are looked at first."""
 
@@ -41,8 +43,31 @@ def recognize(weight: Array, axis: int, nonzero: float, target: Target | None, f
         pays = best.density <= HALF
     else:
         best = _fastest([nm for nm in held if _allowed(nm, size) == _allowed(best, size)], best, target, formats)
-        pays = any(target.sparse_gain(x, nm) >= PAYS for nm in held for x in formats)
+        pays = any(target.gain(x, nm) >= PAYS for nm in held for x in formats)
     return _details(weight, best) if pays or _by_chance(weight.size, best, nonzero) < CHANCE else None
+
+
+def unordered(
+    weight: Array, axis: int, found: NM | None, target: Target | None, formats: Iterable[DType]
+) -> Unstructured | None:
+    """The encoding of zeros in no order, of elements or of blocks along the axis, where it is faster on the target than
+    the pattern ``found`` (without a target: where half or more are zeros and no pattern holds), or None.
+
+    ``formats`` are those that activations may have in the kernels; one of them must gain, and none may lose to the
+    pattern.
+    """
+    single, blocks = (kept_blocks(weight, axis, n) for n in (1, BLOCK))
+    whole = weight.shape[axis] % BLOCK == 0 and blocks <= single * TOGETHER
+    kept = math.ceil((blocks if whole else single) * 1e4) / 1e4
+    if not 0.0 < kept < 1.0:
+        return None
+    free = Unstructured(0, 0, axis, BLOCK if whole else 1, kept)
+    if target is None:
+        return free if found is None and kept <= HALF else None
+    formats = (F32, *formats) if weight.dtype.kind not in "iub" else tuple(formats)
+    pays = any(target.gain(x, free) >= PAYS for x in formats)
+    faster = all(target.gain(x, free) > CLEARLY * target.gain(x, found) for x in formats)
+    return free if pays and (found is None or faster) else None
 
 
 def _allowed(nm: NM, size: int) -> int:
@@ -71,7 +96,7 @@ def _fastest(held: list[NM], best: NM, target: Target, formats: Iterable[DType])
     """Of patterns as tight as ``best`` one that is clearly faster in every format, smaller groups first."""
 
     def speed(nm: NM) -> float:
-        return min((target.sparse_gain(x, nm) for x in formats), default=0.0)
+        return min((target.gain(x, nm) for x in formats), default=0.0)
 
     for nm in sorted(held, key=lambda nm: (nm.group * nm.block, -nm.block)):
         if speed(nm) > CLEARLY * speed(best):

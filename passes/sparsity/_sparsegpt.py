@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from bitwright.ir.patterns import share
 from bitwright.ir.types import NM, Encoding, Unstructured
+from bitwright.passes.sparsity._ranking import in_blocks
 from bitwright.passes.sparsity.masks import fixed_count_mask, nm_mask, transposable_mask
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def rule(encoding: Encoding | None, kept: torch.Tensor, axis: int, rank: int) ->
     ``kept``: the mask now, bool [O, taps * inputs]; ``axis``: the axis of the weight, of that rank, that is summed
     over. Without a fixed pattern a span keeps as many entries as it has now.
     """
-    if isinstance(encoding, (NM, Unstructured)) and encoding != Unstructured() and encoding.axis % rank != axis:
+    free = isinstance(encoding, Unstructured) and not encoding.count and encoding.block == 1
+    if isinstance(encoding, (NM, Unstructured)) and not free and encoding.axis % rank != axis:
         return f"{encoding} does not lie along the inputs"
     if isinstance(encoding, NM):
         e = encoding
@@ -47,10 +49,15 @@ def rule(encoding: Encoding | None, kept: torch.Tensor, axis: int, rank: int) ->
     if encoding is not None and not isinstance(encoding, Unstructured):
         return f"{encoding} is not chosen by saliency"
 
-    def as_many(s: torch.Tensor, at: int) -> torch.Tensor:
-        return _largest(s.reshape(1, -1), int(kept[:, at : at + s.shape[1]].sum())).reshape(s.shape)
+    block = encoding.block if isinstance(encoding, Unstructured) else 1
 
-    return as_many, WIDTH
+    def as_many(s: torch.Tensor, at: int) -> torch.Tensor:
+        now = in_blocks(kept[:, at : at + s.shape[1]].float(), block) > 0
+        score = in_blocks(s, block)
+        chosen = _largest(score.reshape(1, -1), int(now.sum())).reshape(score.shape)
+        return chosen.repeat_interleave(block, 1)[:, : s.shape[1]] if block > 1 else chosen
+
+    return as_many, max(1, WIDTH // block) * block
 
 
 def _largest(s: torch.Tensor, count: int) -> torch.Tensor:

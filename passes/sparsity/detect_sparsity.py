@@ -9,12 +9,12 @@ from bitwright.ir import ops
 from bitwright.ir.build import Rewriter, rewrite
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.patterns import density
-from bitwright.ir.types import NM, U8
+from bitwright.ir.types import NM, U8, Unstructured
 from bitwright.ir.weights import Array
 from bitwright.passes._layers import layer_of
 from bitwright.passes._match import uniform
 from bitwright.passes._pass import Context, Pass
-from bitwright.passes.sparsity._recognize import recognize
+from bitwright.passes.sparsity._recognize import recognize, unordered
 
 WORTH_TELLING, WORTH_CONVERTING = 0.1, 0.3
 """Shares of zeros without a pattern from which the report names them, and names the pass that makes one."""
@@ -25,8 +25,9 @@ class DetectSparsity(Pass):
     """Give weights that already obey an N:M pattern along the reduction axis the encoding that says so.
 
     The tightest of all keep:group with groups of 2 to 16, 32 and 64 elements, or 2 to 16 blocks of 4; with the
-    outputs that share it (4, 16, 32, 64), or the remark that it holds along the outputs too. Zeros without a
-    pattern are told as a density. Values stay as they are, those behind a dequantize too.
+    outputs that share it (4, 16, 32, 64), or the remark that it holds along the outputs too. Zeros in no order get
+    an encoding with the share that is kept, of elements or of blocks of 4, where the target has a kernel that gains
+    from them; others are told as a density. Values stay as they are, those behind a dequantize too.
 
     before:
         graph @g (%x: f32[2, 4]) -> (y = %y) level=graph {
@@ -43,7 +44,7 @@ class DetectSparsity(Pass):
     name: ClassVar[str] = "detect-sparsity"
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        found: dict[str, NM | None] = {}
+        found: dict[str, NM | Unstructured | None] = {}
         formats = (context.target.activation if context.target else U8,)
         for node in graph.nodes:
             weight = _weight(graph, node)
@@ -51,15 +52,18 @@ class DetectSparsity(Pass):
                 continue
             array: Array = graph.constant(weight.output)  # type: ignore[assignment]
             nonzero = density(array)
-            nm = recognize(array, _axis(node), nonzero, context.target, formats) if 0 < nonzero < 1 else None
-            found[weight.output] = nm
-            if facts := _facts(nm, nonzero):
+            encoding: NM | Unstructured | None = None
+            if 0 < nonzero < 1:
+                nm = recognize(array, _axis(node), nonzero, context.target, formats)
+                encoding = unordered(array, _axis(node), nm, context.target, formats) or nm
+            found[weight.output] = encoding
+            if facts := _facts(encoding, nonzero):
                 context.remark(self.name, layer_of(graph, node), **facts)
 
         def step(rw: Rewriter, node: Node) -> bool:
-            if (nm := found.get(node.output)) is None:
+            if (encoding := found.get(node.output)) is None:
                 return False
-            t = node.type.with_encoding(nm)
+            t = node.type.with_encoding(encoding)
             if isinstance(node.op, ops.Weight):
                 rw.keep_as(node, node.op, (), (t,))
             else:
@@ -70,8 +74,11 @@ class DetectSparsity(Pass):
         return rewrite(graph, step)[0]
 
 
-def _facts(nm: NM | None, nonzero: float) -> dict[str, Any]:
+def _facts(nm: NM | Unstructured | None, nonzero: float) -> dict[str, Any]:
     """The remark of a layer; empty for one that is dense."""
+    if isinstance(nm, Unstructured):
+        blocks = {"block": nm.block} if nm.block > 1 else {}
+        return {"pattern": "unstructured", "axis": nm.axis, "density": round(nonzero, 4), **blocks}
     if nm is not None:
         facts: dict[str, Any] = {"pattern": f"{nm.keep}:{nm.group}", "axis": nm.axis, "density": round(nonzero, 4)}
         facts |= {"block": nm.block} if nm.block > 1 else {}

@@ -16,11 +16,12 @@ from bitwright.codegen.targets import BUILTIN
 from bitwright.ir.graph import Graph
 from bitwright.ir.patterns import density, tightest_keeps, violation
 from bitwright.ir.target import Target
-from bitwright.ir.types import F32, NM, U8
+from bitwright.ir.types import F32, NM, U8, Unstructured
 from bitwright.passes import Context
 from bitwright.passes.pipelines import RECIPES, standard
-from bitwright.passes.sparsity._recognize import GROUPS, recognize
+from bitwright.passes.sparsity._recognize import GROUPS, recognize, unordered
 from bitwright.passes.sparsity.detect_sparsity import DetectSparsity
+from bitwright.passes.sparsity.magnitude_mask import unstructured_mask_array
 from bitwright.passes.sparsity.masks import nm_mask_array
 from bitwright.passes.sparsity.transposable_mask import TransposableMask
 
@@ -263,3 +264,42 @@ def test_dense_weights_cost_next_to_nothing() -> None:
     start = time.process_time()
     assert all(tightest(w, target=AVX512) is None for w in weights)
     assert time.process_time() - start < 0.3
+
+
+def zeros_anywhere(share: float, block: int = 1) -> Array:
+    weight = np.random.default_rng(7).standard_normal((128, 256)).astype(np.float32)
+    encoding = Unstructured(0, 0, 1, block, round(1.0 - share, 4))
+    return (weight * unstructured_mask_array(weight, encoding)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("share", "block"), [(0.9, 1), (0.8, 1), (0.8, 4)])
+@pytest.mark.parametrize("target", [AVX512, AVX2, None])
+def test_zeros_in_no_order_get_their_share(share: float, block: int, target: Target | None) -> None:
+    weight = zeros_anywhere(share, block)
+    found = unordered(weight, 1, None, target, (U8,))
+    assert found is not None
+    assert (found.count, found.axis, found.block) == (0, 1, block)
+    assert violation(weight, found) == ""
+    assert abs(found.kept - (1.0 - share)) < 1e-3
+
+
+def test_zeros_that_are_too_few_or_in_a_faster_pattern_get_no_share() -> None:
+    assert unordered(zeros_anywhere(0.1), 1, None, AVX512, (U8,)) is None
+    assert unordered(zeros_anywhere(0.3), 1, None, None, (U8,)) is None
+    weight = normal(64, 64)
+    masked = weight * nm_mask_array(weight, 2, 16, 1)
+    assert unordered(masked, 1, NM(2, 16, 1), AVX512, (U8,)) is None
+    assert unordered(np.zeros((8, 8), np.float32), 1, None, AVX512, (U8,)) is None
+
+
+def test_the_pass_writes_the_share(read: Read) -> None:
+    text = """
+        graph @g (%x: f32[64, 256]) -> (y = %y) level=graph {
+          %w = weight {ref="w"} : f32[128, 256]
+          %y = linear(%x, %w) : f32[64, 128]
+        }
+    """
+    context = Context(target=AVX512)
+    after = DetectSparsity().run(read(text, {"w": zeros_anywhere(0.8, 4)}), context)
+    assert str(after.types["w"].encoding) == "unstructured<0 per 0, axis=1, block=4, kept=0.2>"
+    assert context.remarks[0][2] == {"pattern": "unstructured", "axis": 1, "density": 0.2, "block": 4}

@@ -203,6 +203,9 @@ def test_advise_lists_layers(cli_run: Cli, folder: Path) -> None:
     done = cli_run("advise", folder / "mlp.onnx")
     assert done.code == 0, done.err
     assert "2:4" in done.out
+    planned = cli_run("advise", folder / "mlp.onnx", "--budget", "size=0.3")
+    assert planned.code == 0, planned.err
+    assert "Plan for size=0.3" in planned.out
 
 
 TEXT = """graph @g (%x: f32[2, 8]) -> (y = %y) level=graph {

@@ -17,6 +17,7 @@ _FIRST = ("int8", "2:4", "2:8", "4 bit", "1:4 4x4", "bf16", "2:16", "2 bit", "2:
 """Options by how much one wants to see them where a console is too narrow for all."""
 _LAYER = 30
 _CELL = 9
+_NAMED = 8
 
 
 def whole(rows: Sequence[Advice]) -> Table:
@@ -70,7 +71,7 @@ def plan(found: Plan) -> Group:
         same = [r for r in found.rows if r.choice == choice]
         lines.append([
             choice, str(len(same)), f"{sum(r.cost for r in same):.2%}", f"{sum(r.loss for r in same):.3g}",
-            ", ".join(r.layer for r in same),
+            ", ".join([r.layer for r in same[:_NAMED]] + [f"and {len(same) - _NAMED} more"] * (len(same) > _NAMED)),
         ])  # fmt: skip
     amount = {"size": units.size, "latency": units.seconds}.get(found.kind, lambda v: f"{v:.3g}")
     total = (

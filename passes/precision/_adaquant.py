@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from bitwright.ir.errors import InvalidInput
+from bitwright.passes._memory import give_back
 from bitwright.passes.precision._integer_codes import Levels
 from bitwright.passes.precision._rounding_common import Rounded
+from bitwright.passes.sparsity._inputs import all_finite
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +33,10 @@ PAPER = Rates()
 """As in the code of the paper, whose layers have weights near 0.03 and activations near 1."""
 _LOOKS = 20
 """How often the error on all inputs is taken; the best state seen is the result."""
+BLOCK = 1 << 18
+"""Weights learnt at a time: what the gradients hold is some twenty times as much."""
+_ROWS = 512
+"""Rows whose error is taken at a time."""
 
 
 @dataclass
@@ -84,32 +92,34 @@ def adaquant(
     task = _Task(weight, inputs, form, mask, columns, x_bits, bias, relu)
     state = task.start(scale, zero)
     used = rates if rates is not None else task.rates(state)
-    learnt = [t for t in vars(state).values() if t.requires_grad]
-    groups = [([state.x_reach, state.x_zero], used.activation), ([state.reach, state.zero], used.range)]
-    groups += [([state.weight], used.weight), ([state.bias], used.bias)]
-    chosen = [([t for t in ts if t.requires_grad], rate) for ts, rate in groups]
-    optimizers = [torch.optim.Adam(ts, lr=rate) for ts, rate in chosen if ts]
-    generator = torch.Generator().manual_seed(seed)
-    first = least = task.error(state)
-    best, rows, look = state.copy(), task.x.shape[1], max(1, iterations // _LOOKS)
-    for i in range(1, iterations + 1):
-        some = torch.randint(rows, (min(batch, rows),), generator=generator) if batch < rows else slice(None)
-        with torch.enable_grad():
-            loss = (task.output(state, task.x[:, some]) - task.y[:, some]).square().mean()
-            grads = torch.autograd.grad(loss, learnt)
-        for t, g in zip(learnt, grads, strict=True):
-            t.grad = g
-        for o in optimizers:
-            o.step()
-        if i % look == 0 or i == iterations:
-            error = task.error(state)
-            if error < least:
-                best, least = state.copy(), error
-    return task.result(best, least, first, weight.dim() == 2)
+    parts = [
+        part.result(*part.learn(start, used, iterations, batch, seed))
+        for part, start in task.parts(state, x_bits is None)
+    ]
+    codes, scales, zeros, change = (torch.cat(ts, 1) for ts in zip(*(p.tensors for p in parts), strict=True))
+    power = max(sum(p.power for p in parts), 1e-300)
+    if weight.dim() == 2:
+        codes, scales, zeros, change = codes[0], scales[0], zeros[0], change[0]
+    error, nearest = sum(p.error for p in parts) / power, sum(p.nearest for p in parts) / power
+    scales, zeros = scales.expand(codes.shape), zeros.expand(codes.shape)
+    return Rounded(codes, scales, zeros, error, nearest, parts[0].input, change)
+
+
+class _Part(NamedTuple):
+    """Some of the outputs, done: codes, scales, zero points and change of the bias; squared errors and outputs."""
+
+    tensors: tuple[torch.Tensor, ...]
+    error: float
+    nearest: float
+    power: float
+    input: tuple[float, int] | None
 
 
 class _Task:
     """The layer in f32 with groups first, and its output for a state."""
+
+    y: torch.Tensor
+    """What the float layer gives, of the pieces that :meth:`parts` makes."""
 
     def __init__(
         self, weight: torch.Tensor, inputs: torch.Tensor, form: Levels, mask: torch.Tensor | None,
@@ -119,20 +129,67 @@ class _Task:
 
         if weight.dim() not in (2, 3) or inputs.dim() != weight.dim() or inputs.shape[-1] != weight.shape[-1]:
             raise InvalidInput(f"weights {list(weight.shape)} and inputs {list(inputs.shape)} do not fit")
-        if not inputs.numel() or not bool(torch.isfinite(inputs).all() and torch.isfinite(weight).all()):
+        if not inputs.numel() or not (all_finite(inputs) and all_finite(weight)):
             raise InvalidInput("the inputs are empty, or inputs or weights have NaN or infinities")
         if form.step > 1 and mask is not None and not bool(mask.all()):
             raise InvalidInput("bipolar codes have no zero, and the mask needs one: use ternary")
         w, x = (t if t.dim() == 3 else t[None] for t in (weight.detach().float(), inputs.detach().float()))
-        kept = torch.ones_like(w, dtype=torch.bool) if mask is None else mask.reshape(w.shape)
-        self.w, self.x, self.kept, self.form, self.relu = w * kept, x, kept, form, relu
+        kept = torch.ones((), dtype=torch.bool).expand(w.shape) if mask is None else mask.reshape(w.shape)
+        self.w, self.x, self.kept, self.form, self.relu = w if mask is None else w * kept, x, kept, form, relu
         self.columns, self.steps = columns, None if x_bits is None else (1 << x_bits) - 1
         self.b = torch.zeros(w.shape[0], 1, w.shape[1]) if bias is None else bias.float().reshape(w.shape[0], 1, -1)
+
+    def parts(self, state: _State, apart: bool) -> Iterator[tuple[_Task, _State]]:
+        """The layer piece by piece where outputs can be learnt ``apart``, each with its share of the state."""
+        groups, outputs, k = self.w.shape
+        step = max(1, min(BLOCK // (groups * k), 4 * BLOCK // (groups * self.x.shape[1]))) if apart else outputs
+        for i in range(0, outputs, step):
+            some, part = slice(i, i + step), copy(self)
+            part.w, part.kept, part.unit = self.w[:, some], self.kept[:, some], self.unit[:, some]
+            part.given, part.reach, part.b = self.given[:, some], self.reach[:, some], self.b[..., some]
+            part.y = part.plain(self.x)
+            weight = part.w / self.wide(part.unit)
+            own = (weight, state.reach[:, some], state.zero[:, some], state.bias[..., some])
+            start = _State(*(t.detach().clone() for t in (*own, state.x_reach, state.x_zero)))
+            for t, whole in zip(vars(start).values(), vars(state).values(), strict=True):
+                t.requires_grad_(whole.requires_grad)
+            yield part, start
+            give_back()
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        """The float layer's output for rows of inputs."""
         y = x @ self.w.transpose(1, 2) + self.b
-        self.y = y.relu() if relu else y
+        return y.relu_() if self.relu else y
+
+    def learn(self, state: _State, used: Rates, iterations: int, batch: int, seed: int) -> tuple[_State, float, float]:
+        """The best state seen, its error, and that of the first one."""
+        import torch
+
+        learnt = [t for t in vars(state).values() if t.requires_grad]
+        groups = [([state.x_reach, state.x_zero], used.activation), ([state.reach, state.zero], used.range)]
+        groups += [([state.weight], used.weight), ([state.bias], used.bias)]
+        chosen = [([t for t in ts if t.requires_grad], rate) for ts, rate in groups]
+        optimizers = [torch.optim.Adam(ts, lr=rate) for ts, rate in chosen if ts]
+        generator = torch.Generator().manual_seed(seed)
+        first = least = self.error(state)
+        best, rows, look = state.copy(), self.x.shape[1], max(1, iterations // _LOOKS)
+        for i in range(1, iterations + 1):
+            some = torch.randint(rows, (min(batch, rows),), generator=generator) if batch < rows else slice(None)
+            with torch.enable_grad():
+                loss = (self.output(state, self.x[:, some]) - self.y[:, some]).square().mean()
+                grads = torch.autograd.grad(loss, learnt)
+            for t, g in zip(learnt, grads, strict=True):
+                t.grad = g
+            for o in optimizers:
+                o.step()
+            if i % look == 0 or i == iterations:
+                error = self.error(state)
+                if error < least:
+                    best, least = state.copy(), error
+        return best, least, first
 
     def start(self, scale: torch.Tensor, zero: torch.Tensor | None) -> _State:
-        """The state of nearest rounding."""
+        """The state of nearest rounding, its weights not yet in units: :meth:`parts` does that piece by piece."""
         import torch
 
         s = scale.detach().float().reshape(*self.w.shape[:2], -1)
@@ -143,9 +200,8 @@ class _Task:
         mean = s.double().mean().clamp_min(1e-30).float()
         self.unit = (s / mean).clamp_min(1e-6)
         self.given = s
-        weight = self.w / self.wide(self.unit)
         self.reach = s * self.form.top / self.unit
-        state = _State(weight, self.reach.clone(), z, self.b.clone(), reach, x_zero)
+        state = _State(self.w.detach(), self.reach.clone(), z, self.b.clone(), reach, x_zero)
         for name, t in vars(state).items():
             fixed = (name == "zero" and self.form.symmetric) or (name in ("x_reach", "x_zero") and self.steps is None)
             t.requires_grad_(not fixed)
@@ -154,7 +210,7 @@ class _Task:
     def rates(self, state: _State) -> Rates:
         """The paper's rates, relative to magnitudes that its layers have."""
         step = float((state.reach / max(1, self.form.top)).detach().mean())
-        size = float(self.y.square().mean().sqrt())
+        size = float(self.plain(self.x[:, :: max(1, self.x.shape[1] // _ROWS)]).square().mean().sqrt())
         reach = float(state.x_reach.detach())
         return Rates(1e-2 * reach, 2e-3 * float(state.reach.detach().mean()), 3e-3 * step, 1e-3 * size)
 
@@ -187,29 +243,30 @@ class _Task:
         return y.relu() if self.relu else y
 
     def error(self, state: _State) -> float:
-        """Squared output error on all inputs over the squared output."""
+        """Squared output error on all inputs."""
         import torch
 
         with torch.no_grad():
-            difference = (self.output(state, self.x) - self.y).square().sum(dtype=torch.float64)
-            return float(difference / self.y.square().sum(dtype=torch.float64).clamp_min(1e-300))
+            return math.fsum(
+                float((self.output(state, x) - y).square_().sum(dtype=torch.float64))
+                for x, y in zip(torch.split(self.x, _ROWS, 1), torch.split(self.y, _ROWS, 1), strict=True)
+            )
 
-    def result(self, state: _State, error: float, nearest: float, flat: bool) -> Rounded:
+    def result(self, state: _State, error: float, nearest: float) -> _Part:
+        """The state as codes and scales, f32."""
         import torch
 
         with torch.no_grad():
-            q, zero, scale = (t.double() for t in self.codes(state))
+            q, zero, scale = self.codes(state)
             if torch.equal(state.reach, self.reach):  # scales that were not learnt come back bit for bit
-                scale = self.wide(self.given).double()
+                scale = self.wide(self.given)
         learnt = None
         if self.steps is not None:
             x_zero = int(state.x_zero.round().clamp(0, self.steps))
             learnt = max(float(state.x_reach), 1e-30) / self.steps, x_zero
-        change = (state.bias - self.b)[:, 0].double()
-        scale, zero = scale.expand(q.shape), zero.expand(q.shape)
-        if flat:
-            q, scale, zero, change = q[0], scale[0], zero[0], change[0]
-        return Rounded(q, scale, zero, error, nearest, learnt, change)
+        change = (state.bias - self.b)[:, 0].detach()
+        tensors = (q, scale, zero, change)
+        return _Part(tensors, error, nearest, float(self.y.square().sum(dtype=torch.float64)), learnt)
 
 
 def _through(x: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -19,7 +19,7 @@ RangeRule = Literal["minmax", "mse"] | float
 """``minmax``: the extremes; ``mse``: smallest mean squared error; a number: that percentage of the values is inside."""
 CANDIDATES = 60
 """Shrunken ranges tried by ``mse``."""
-PIECE = 1 << 21
+PIECE = 1 << 17
 """Elements whose candidate ranges are tried at a time."""
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -93,9 +93,12 @@ class Codes(NamedTuple):
             return wide.narrow(self.axis, 0, self.codes.shape[self.axis])
         return parameter.reshape([-1 if a == self.axis else 1 for a in range(self.codes.dim())])
 
-    def real(self) -> torch.Tensor:
-        """The values that the codes stand for, f32."""
-        return (self.codes.int() - self.spread(self.zero)).float() * self.spread(self.scale)
+    def real(self, rows: slice | None = None) -> torch.Tensor:
+        """The values that the codes stand for, f32; of some rows of the first axis only where ``rows`` are given."""
+        codes, zero, scale = self.codes, self.spread(self.zero), self.spread(self.scale)
+        if rows is not None:
+            codes, zero, scale = (t.expand(self.codes.shape)[rows] for t in (codes, zero, scale))
+        return (codes.int() - zero).float() * scale
 
 
 def quantize_codes(
@@ -136,9 +139,13 @@ def quantize_codes(
     s, z = fit_ranges(rows, sizes, form, scale, range)
     empty = Codes(torch.empty(w.shape, dtype=torch.uint8), s.float().reshape(shape), z.int().reshape(shape), form)
     empty = empty._replace(axis=at, group=group)
-    low = form.round(values.double() / empty.spread(empty.scale).double() + empty.spread(empty.zero))
-    codes = low.to(torch.int8 if form.lo < 0 else torch.uint8)
-    return empty._replace(codes=codes)
+    wide = [values.reshape(1) if not w.dim() else values]
+    wide += [empty.spread(t).expand(wide[0].shape) for t in (empty.scale, empty.zero)]
+    step = max(1, PIECE * len(wide[0]) // max(1, w.numel()))
+    dtype = torch.int8 if form.lo < 0 else torch.uint8
+    pieces = zip(*(t.split(step) for t in wide), strict=True)
+    codes = torch.cat([form.round(v.double() / scale.double() + zero).to(dtype) for v, scale, zero in pieces])
+    return empty._replace(codes=codes.reshape(w.shape))
 
 
 def _rows(w: torch.Tensor, axis: int | None, group: int) -> tuple[torch.Tensor, tuple[int, ...], torch.Tensor]:

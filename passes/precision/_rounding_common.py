@@ -30,7 +30,7 @@ class Rounded(NamedTuple):
 
     def real(self) -> torch.Tensor:
         """The weights that the codes stand for, float64."""
-        return (self.codes - self.zero) * self.scale
+        return (self.codes.double() - self.zero) * self.scale
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from bitwright.ir.interpret import to_numpy, to_torch
 from bitwright.ir.weights import Array
 from bitwright.passes.precision._integer_codes import Codes, Levels
 from bitwright.passes.precision._rounding_common import Rounded
-from bitwright.passes.sparsity._inputs import finite, kernel_of, lowered, raised, rows
+from bitwright.passes.sparsity._inputs import count_rows, finite, kernel_of, lowered, raised, rows
 
 if TYPE_CHECKING:
     import torch
@@ -43,29 +43,45 @@ class Inputs:
     """What reaches a weight on calibration data, lowered, groups of a convolution first."""
 
     groups: int
-    per_batch: int
-    """Rows to keep of each batch; 0 keeps none."""
+    keep: int = 0
+    """Rows to keep, evenly spread over all there are; 0 keeps their sums of x xᵀ instead."""
     gram: torch.Tensor | None = None
-    kept: list[torch.Tensor] = field(default_factory=list)
+    buffer: torch.Tensor | None = None
+    filled: int = 0
 
-    def add(self, graph: Graph, node: Node, x: torch.Tensor, batch: int) -> None:
-        """Take in one batch; raises :class:`InvalidInput` for NaN and infinities."""
-        taken = 0
-        for flat in rows(node.op, x, kernel_of(graph, node)):
-            part = grouped_rows(finite(graph, node, flat, batch), self.groups, graph.types[node.inputs[1]].static_shape)
-            sums = part.transpose(1, 2) @ part
-            self.gram = sums if self.gram is None else self.gram + sums
-            want = self.per_batch - taken
-            if want > 0:
-                some = part[:, :: max(1, part.shape[1] // want)][:, :want].float()
-                self.kept.append(some.clone())
-                taken += some.shape[1]
+    def add(self, graph: Graph, node: Node, x: torch.Tensor, batch: int, batches: int) -> None:
+        """Take in one batch of so many; raises :class:`InvalidInput` for NaN and infinities."""
+        finite(graph, node, x, batch)
+        shape, kernel = graph.types[node.inputs[1]].static_shape, kernel_of(graph, node)
+        share = -(-self.keep // batches)
+        total, seen = count_rows(node.op, x, kernel), 0
+        whole = self.keep and not isinstance(node.op, ops.Conv)  # nothing to lower: picked from where they are
+        for flat in [x.reshape(-1, x.shape[-1])] if whole else rows(node.op, x, kernel):
+            if self.keep:
+                self._hold(flat, seen, total, min(share, total), shape)
+            else:
+                part = grouped_rows(flat, self.groups, shape)
+                if self.gram is None:
+                    self.gram = flat.new_zeros(self.groups, part.shape[2], part.shape[2])
+                self.gram.baddbmm_(part.transpose(1, 2), part)
+            seen += len(flat)
 
-    def sample(self) -> torch.Tensor:
-        """The rows kept, f32 [groups, rows, K]."""
+    def _hold(self, flat: torch.Tensor, seen: int, total: int, want: int, shape: tuple[int, ...]) -> None:
+        """Copy those of ``want`` evenly spread rows of a batch that fall into a piece of it into the buffer."""
         import torch
 
-        return torch.cat(self.kept, 1)
+        chosen = torch.arange(want) * total // max(1, want) - seen
+        some = flat[chosen[(chosen >= 0) & (chosen < len(flat))]].float()
+        part = grouped_rows(some, self.groups, shape)[:, : self.keep - self.filled]
+        if self.buffer is None:
+            self.buffer = part.new_empty(self.groups, self.keep, part.shape[2])
+        self.buffer[:, self.filled : self.filled + part.shape[1]] = part
+        self.filled += part.shape[1]
+
+    def sample(self) -> torch.Tensor:
+        """The rows kept, f32 [groups, rows, K]: a view of one buffer."""
+        assert self.buffer is not None
+        return self.buffer[:, : self.filled]
 
 
 def grouped_rows(flat: torch.Tensor, groups: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -86,17 +102,18 @@ def round_layer(op: ops.Op, weight: Array, start: Codes, inputs: Inputs, method:
     """Round by a method, starting from the scales of the nearest codes; matrices are [groups, outputs, K]."""
     from bitwright.passes.precision import rounding
 
-    assert inputs.gram is not None
     groups, form = inputs.groups, start.levels
     w = _matrix(op, weight, groups)
     kept = w != 0 if form.step == 1 and weight_is_masked(weight) else None
     if method.name == "adaquant":
+        w = w.float()
         scale, zero, columns = _compact(op, weight, start, groups)
         return rounding.adaquant(
             w, inputs.sample(), scale, zero, form, kept, columns=columns, relu=relu, batch=BATCH, seed=method.seed,
             iterations=method.iterations or ITERATIONS["adaquant"],
             rates=_rates(scale, form, method.fixed_scale),
         )  # fmt: skip
+    assert inputs.gram is not None
     full = [
         _matrix(op, np.broadcast_to(to_numpy(start.spread(t)), weight.shape), groups) for t in (start.scale, start.zero)
     ]
@@ -124,7 +141,7 @@ def with_result(op: ops.Op, weight: Array, start: Codes, result: Rounded) -> Cod
     for t, old in ((result.scale, start.scale), (result.zero, start.zero)):
         whole = to_torch(back(t, np.float32))
         small = whole[:, :: start.group] if start.group else whole.reshape(len(weight), -1)[:, 0]
-        parameters.append(small.to(old.dtype).reshape(old.shape))
+        parameters.append(small.to(old.dtype).reshape(old.shape).clone())  # a view would hold all of ``whole``
     return start._replace(codes=codes, scale=parameters[0], zero=parameters[1])
 
 

@@ -13,7 +13,7 @@ from bitwright.ir.graph import Graph, Node
 from bitwright.ir.interpret import to_numpy
 from bitwright.ir.types import F32, TensorType
 from bitwright.passes._layers import stem
-from bitwright.passes.precision._integer_codes import Codes, Width, levels
+from bitwright.passes.precision._integer_codes import PIECE, Codes, Width, levels
 
 
 def write_codes(graph: Graph, layers: list[Node], found: dict[str, Codes]) -> Graph:
@@ -50,9 +50,14 @@ def _dequantized(rw: Rewriter, old: str, codes: Codes) -> str:
 
 def relative_change(weight: object, codes: Codes) -> float:
     """Squared difference of the weights over their squared sum."""
-    w = np.asarray(weight, np.float64)
-    difference = to_numpy(codes.real()).astype(np.float64) - w
-    return float(np.square(difference).sum() / max(float(np.square(w).sum()), 1e-300))
+    w = np.asarray(weight)
+    change = power = 0.0
+    step = max(1, PIECE * len(w) // max(1, w.size))
+    for i in range(0, len(w), step):
+        part = w[i : i + step].astype(np.float64)
+        change += float(np.square(to_numpy(codes.real(slice(i, i + step))) - part).sum())
+        power += float(np.square(part).sum())
+    return change / max(power, 1e-300)
 
 
 def snr_db(change: float) -> float:

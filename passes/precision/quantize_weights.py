@@ -12,6 +12,7 @@ from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.interpret import to_torch
 from bitwright.passes._layers import layer_of, selected
+from bitwright.passes._memory import give_back
 from bitwright.passes._pass import Context, Pass
 from bitwright.passes.precision._integer_codes import Codes, Width, quantize_codes
 from bitwright.passes.precision._weight_codes import ROWS, Inputs, Method, groups_of, round_layer, with_result
@@ -90,19 +91,21 @@ class QuantizeWeights(Pass):
         found: dict[str, Codes] = {}
         left = {w: sum(n.inputs[1] == w for n in chosen) for w in (n.inputs[1] for n in chosen)}
         seen: dict[str, Inputs] = {}
-        keep = -(-ROWS // max(1, len(context.calibration))) if self.rounding == "adaquant" else 0
+        keep = ROWS if self.rounding == "adaquant" else 0
         method = Method(self.rounding, self.iterations, self.damping, self.seed, self.scale == "pow2")
 
         def visit(node: Node, xs: list[torch.Tensor], *_: object) -> Mapping[int, torch.Tensor] | None:
             key = node.inputs[1]
             inputs = seen.setdefault(key, Inputs(groups_of(node.op), keep))
             for i, x in enumerate(xs):
-                inputs.add(graph, node, x, i)
+                inputs.add(graph, node, x, i, len(xs))
             left[key] -= 1
             if not left[key]:
                 if context.progress is not None:
                     context.progress(f"rounding {layer_of(graph, node)}", len(found) / len(left))
+                give_back()
                 found[key] = self._rounded(graph, node, seen.pop(key), method, context, width)
+                give_back()
             return {1: found[key].real()} if self.sequential and key in found else None
 
         if context.calibration:

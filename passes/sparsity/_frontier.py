@@ -1,8 +1,9 @@
-"""Running a graph over all calibration batches side by side, one node after the other, with a stop at chosen nodes."""
+"""Running a graph over all calibration batches side by side, from one chosen node to the next, with a stop at each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bitwright.ir import ops
@@ -10,6 +11,7 @@ from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.infer import bind_op
 from bitwright.ir.interpret import bind_symbols, to_torch
+from bitwright.passes._memory import give_back
 from bitwright.passes._pass import Batch
 
 if TYPE_CHECKING:
@@ -29,44 +31,76 @@ def walk(
 ) -> None:
     """Compute every batch up to the last of the nodes ``stops`` (by output), calling ``visit`` on these.
 
-    Of each batch only the values that are still to be read are held. ``given`` replaces weights by value name.
-    With ``twin`` every batch is computed a second time beside, with these weights and nothing of what visits return.
-    Raises :class:`InvalidInput` for a batch that does not fit the graph's inputs.
+    From one stop to the next the batches run one after the other; of each only the values that are still to be read at
+    a stop are held. ``given`` replaces weights by value name. With ``twin`` every batch is computed a second time
+    beside, with these weights and nothing of what visits return. Raises :class:`InvalidInput` for a batch that does not
+    fit the graph's inputs.
     """
     import torch
 
-    from bitwright.ir.semantics import apply
-
     ends = [i for i, n in enumerate(graph.nodes) if n.output in stops]
-    nodes = graph.nodes[: ends[-1] + 1] if ends else ()
-    last = {x: i for i, n in enumerate(nodes) for x in n.inputs}
+    if not ends:
+        return
+    last = {x: i for i, n in enumerate(graph.nodes[: ends[-1] + 1]) for x in n.inputs}
     live = [_inputs(graph, batch, number) for number, batch in enumerate(batches)]
     sizes = [bind_symbols(graph, [tuple(values[v.name].shape) for v in graph.inputs]) for values in live]
-    sides = [(live, dict(given or {}))] + ([] if twin is None else [([dict(v) for v in live], dict(twin))])
+    sides = [_Side(graph, last, live, dict(given or {}))]
+    if twin is not None:
+        sides.append(_Side(graph, last, [dict(v) for v in live], dict(twin)))
+    begin, instead = 0, dict[int, "torch.Tensor"]()
     with torch.no_grad():
-        for i, n in enumerate(nodes):
-            if isinstance(n.op, (ops.Weight, ops.Constant)):
-                for _, constants in sides:
-                    if n.output not in constants:
-                        constants[n.output] = to_torch(graph.constant(n.output))
-                continue
-            instead: Mapping[int, torch.Tensor] = {}
-            if n.output in stops:
-                x = n.inputs[0]
-                first = [[constants[x] if x in constants else v[x] for v in side] for side, constants in sides]
-                instead = visit(n, first[0], first[1] if twin is not None else []) or {}
-            for side, constants in sides:
-                for values, bound in zip(side, sizes, strict=True):
-                    operands = [constants[x] if x in constants else values[x] for x in n.inputs]
-                    results = apply(bind_op(n.op, bound), *(instead.get(k, x) for k, x in enumerate(operands)))
-                    values.update((o, r) for o, r in zip(n.outputs, results, strict=True) if o in last)
-                    for x in n.inputs:
-                        if last[x] == i:
-                            values.pop(x, None)
+        for end in ends:
+            for number, side in enumerate(sides):
+                side.run(begin, end, sizes, instead if number == 0 else {})
+            node = graph.nodes[end]
+            first = [side.operands(end) for side in sides]
+            instead = dict(visit(node, first[0], first[1] if twin is not None else []) or {})
+            begin = end
+
+
+@dataclass
+class _Side:
+    """The batches computed with one set of weights: of each, the values still to be read."""
+
+    graph: Graph
+    last: Mapping[str, int]
+    """The last node that reads a value, of those that are computed at all."""
+    batches: list[dict[str, torch.Tensor]]
+    constants: dict[str, torch.Tensor]
+
+    def run(
+        self, begin: int, end: int, sizes: Sequence[Mapping[str, int]], instead: Mapping[int, torch.Tensor]
+    ) -> None:
+        """Compute nodes ``begin`` to ``end``, batch by batch; ``instead`` are operands of the first one, by place."""
+        from bitwright.ir.semantics import apply
+
+        g, last = self.graph, self.last
+        nodes = [(i, n) for i, n in enumerate(g.nodes[begin:end], begin)]
+        for x in dict.fromkeys(x for _, n in nodes for x in n.inputs if g.is_constant(x)):
+            if x not in self.constants:
+                self.constants[x] = to_torch(g.constant(x))
+        nodes = [(i, n) for i, n in nodes if not isinstance(n.op, (ops.Weight, ops.Constant))]
+        for values, bound in zip(self.batches, sizes, strict=True):
+            for i, n in nodes:
+                operands = [self.constants[x] if x in self.constants else values[x] for x in n.inputs]
+                if i == begin:
+                    operands = [instead.get(k, x) for k, x in enumerate(operands)]
+                results = apply(bind_op(n.op, dict(bound)), *operands)
+                values.update((o, r) for o, r in zip(n.outputs, results, strict=True) if o in last)
+                del operands, results  # nothing holds what the next line frees
                 for x in n.inputs:
                     if last[x] == i:
-                        constants.pop(x, None)
-                instead = {}
+                        values.pop(x, None)
+            give_back()
+        for x in [x for x in self.constants if x in last and last[x] < end]:
+            del self.constants[x]
+
+    def operands(self, at: int) -> list[torch.Tensor]:
+        """The first operand of a node in every batch."""
+        x = self.graph.nodes[at].inputs[0]
+        if self.graph.is_constant(x) and x not in self.constants:
+            self.constants[x] = to_torch(self.graph.constant(x))
+        return [self.constants[x] if x in self.constants else values[x] for values in self.batches]
 
 
 def _inputs(graph: Graph, batch: Batch, number: int) -> dict[str, torch.Tensor]:

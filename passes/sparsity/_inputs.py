@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from bitwright.passes.sparsity._frontier import walk
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 1 << 23
+CHUNK = 1 << 20
 """Elements of lowered input held at a time."""
 
 
@@ -63,21 +63,38 @@ def rows(op: ops.Op, x: torch.Tensor, kernel: tuple[int, ...] = ()) -> Iterator[
             yield part.to(torch.float64)
         return
     x = x if op.channels_last else x.movedim(1, -1)
-    n = len(kernel)
-    stride, dilation = op.stride or (1,) * n, op.dilation or (1,) * n
-    begin, end = op.padding[:n] or (0,) * n, op.padding[n:] or (0,) * n
+    begin, end, stride, dilation = _window(op, len(kernel))
+    out = _places(op, x.shape[1:-1], kernel)
     pads = [p for pair in zip(reversed(begin), reversed(end), strict=True) for p in pair]
-    x = torch.nn.functional.pad(x, (0, 0, *pads))
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    out = [(size - r) // s + 1 for size, r, s in zip(x.shape[1:-1], reach, stride, strict=True)]
     wide = max(1, int(np.prod(out)) * int(np.prod(kernel)) * x.shape[-1])
-    for part in torch.split(x, max(1, CHUNK // wide)):
+    for image in torch.split(x, max(1, CHUNK // wide)):
+        part = torch.nn.functional.pad(image, (0, 0, *pads))
         taps = [
             part[(slice(None), *(slice(t * d, t * d + (o - 1) * s + 1, s)
                                  for t, d, o, s in zip(tap, dilation, out, stride, strict=True)))]
             for tap in product(*map(range, kernel))
         ]  # fmt: skip
         yield torch.stack(taps, -2).reshape(-1, len(taps) * x.shape[-1]).to(torch.float64)
+
+
+def count_rows(op: ops.Op, x: torch.Tensor, kernel: tuple[int, ...] = ()) -> int:
+    """How many rows :func:`rows` gives in all."""
+    if not isinstance(op, ops.Conv):
+        return x.numel() // max(1, x.shape[-1])
+    spatial = x.shape[1:-1] if op.channels_last else x.shape[2:]
+    return int(x.shape[0] * np.prod(_places(op, spatial, kernel)))
+
+
+def _window(op: ops.Conv, n: int) -> tuple[tuple[int, ...], ...]:
+    """Padding at either end, stride and dilation of a convolution over ``n`` axes."""
+    one, none = (1,) * n, (0,) * n
+    return op.padding[:n] or none, op.padding[n:] or none, op.stride or one, op.dilation or one
+
+
+def _places(op: ops.Conv, sizes: Sequence[int], kernel: tuple[int, ...]) -> list[int]:
+    """Places of the window along each axis."""
+    found = zip(sizes, kernel, *_window(op, len(kernel)), strict=True)
+    return [(size + b + e - d * (k - 1) - 1) // s + 1 for size, k, b, e, s, d in found]
 
 
 @dataclass
@@ -139,13 +156,18 @@ def kernel_of(graph: Graph, node: Node) -> tuple[int, ...]:
 
 def finite(graph: Graph, node: Node, part: torch.Tensor, batch: int) -> torch.Tensor:
     """The rows; raises :class:`InvalidInput` that names value, layer and batch when one is NaN or infinite."""
-    if not bool(part.isfinite().all()):
+    if not all_finite(part):
         what = "NaN" if bool(part.isnan().any()) else "an infinity"
         raise InvalidInput(
             f"%{node.inputs[0]}, the input of {layer_of(graph, node)}, has {what} in calibration batch {batch}: "
             "check the calibration data"
         )
     return part
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """True when no value is NaN or infinite; holds nothing of the size of the values, as ``isfinite`` does."""
+    return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
 
 
 def need_calibration(context: Context, who: str) -> None:

@@ -163,6 +163,14 @@ VPERMB_512 = Instruction(
     (_bytes(64), _bytes(64)),
     _permute,
 )
+VPERMW_512 = Instruction(
+    "vpermw.512",
+    "llvm.x86.avx512.permvar.hi.512",
+    "avx512bw",
+    VecType(S16, 32),
+    (VecType(S16, 32), VecType(S16, 32)),
+    _permute,
+)
 VPERMPS_512 = Instruction(
     "vpermps.512",
     "llvm.x86.avx512.permvar.sf.512",
@@ -197,6 +205,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     VPSHUFB_256,
     VPSHUFB_128,
     VPERMB_512,
+    VPERMW_512,
     VPERMPS_512,
     VPERMPS_256,
     FMA_512,

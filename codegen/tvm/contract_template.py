@@ -13,6 +13,7 @@ import numpy as np
 from bitwright.codegen.cost import stored_bits, unpacking
 from bitwright.codegen.tuning.space import Knob, Point, Setting, Space
 from bitwright.codegen.tvm import contract
+from bitwright.codegen.tvm.contract.halves import as_words, bf16_refusal
 from bitwright.codegen.tvm.contract.space import knobs_of, moved, point_of, rules_of
 from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, Element, Knobs, Matrix
 from bitwright.codegen.tvm.dyadic import Form, forms
@@ -23,9 +24,10 @@ from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.patterns import tightest_keeps, violation
 from bitwright.ir.target import Target, in_bytes
-from bitwright.ir.types import F32, NM, S8, S16, U8, DType, TensorType
+from bitwright.ir.types import BF16, F32, NM, S8, S16, U8, DType, TensorType
 from bitwright.ir.weights import Array
 
+_ELEMENTS: Mapping[DType, Element] = {U8: "u8s8", F32: "f32", BF16: "bf16"}
 _PAYS = 1.05
 """A pattern whose expected gain is below this runs dense, and the report says so."""
 
@@ -74,7 +76,9 @@ class Contract(Template):
         plain = _spec_of(body, root, constants)
         if isinstance(plain, Refused):
             return plain
-        weight = constants.get(root.inputs[1])
+        weight = as_words(constants.get(root.inputs[1]))
+        if plain.element == "bf16" and (lack := bf16_refusal(target)):
+            return Refused(lack)
         spec, reason = _with_pattern(plain, body.types[root.inputs[1]], weight, target)
         if (asked := str(point.get("kernel", _label(spec.pattern)))) != _label(spec.pattern):
             made = _as_asked(plain, weight, asked, target)
@@ -111,7 +115,7 @@ class Contract(Template):
         if not isinstance(config, ContractConfig) or root is None:
             return Space()
         spec, knobs = config.spec, config.knobs
-        weight = constants.get(root.inputs[1])
+        weight = as_words(constants.get(root.inputs[1]))
         here = _label(spec.pattern)
         default: dict[str, Setting] = {**point_of(spec, knobs), "kernel": here, "unpack": _form_of(knobs)}
         listed = [*knobs_of(spec, knobs.isa), Knob("unpack", _unpackings(body, root, spec))]
@@ -123,7 +127,7 @@ class Contract(Template):
         assert isinstance(config, ContractConfig)
         if config.weight < 0:
             return []
-        weight = constants[body.inputs[config.weight].name]
+        weight = as_words(constants[body.inputs[config.weight].name])
         init = initial(config, weight, body, constants) if config.spec.init else None
         return contract.pack(config.spec, config.knobs, weight, init=init)
 
@@ -147,7 +151,7 @@ class Contract(Template):
         assert isinstance(config, ContractConfig)
         if config.weight < 0:
             return ""
-        weight = constants[body.inputs[config.weight].name]
+        weight = as_words(constants[body.inputs[config.weight].name])
         streams = packed[:-1] if config.spec.init else packed
         again, _ = contract.unpack(config.spec, config.knobs, streams)
         if config.knobs.spill and (why := contract.unsafe_sums(config.spec, config.knobs, again)):
@@ -198,7 +202,7 @@ def _label(pattern: NM | None) -> str:
 
 def _held(spec: ContractSpec, weight: Array, target: Target) -> list[NM]:
     """Patterns of the target that the weights obey and that have a kernel."""
-    groups = {s.group for s in target.sparse if s.x == spec.input_dtype}
+    groups = {s.group for s in target.sparse if s.x == spec.operand}
     held = [NM(keep, group, 1) for group, keep in sorted(tightest_keeps(weight, groups, 1).items()) if keep < group]
     return [nm for nm in held if not contract.supports(replace(spec, pattern=nm), target.isa)]
 
@@ -218,7 +222,7 @@ def _as_asked(
     pattern = NM(keep, group, 1, shared=shared, block=block)
     if why := violation(weight, pattern):
         return Refused(f"the weights do not obey {label}: {why}")
-    gain = target.sparse_gain(spec.input_dtype, pattern)
+    gain = target.sparse_gain(spec.operand, pattern)
     return replace(spec, pattern=pattern), f"{label} kernel, expected {gain:.2g}x over dense"
 
 
@@ -248,7 +252,7 @@ def epilogue_of(body: Graph, config: ContractConfig) -> PointwiseEpilogue:
 
 def initial(config: ContractConfig, weight: Array, body: Graph, constants: Mapping[str, Array]) -> Array:
     """What accumulators start from: the bias (f32), or the zero point's share -zero * sum(w) (s32)."""
-    if config.spec.element == "f32":
+    if config.spec.element != "u8s8":
         return np.ascontiguousarray(constants[body.inputs[config.bias].name], np.float32)
     sums = weight.astype(np.int64).reshape(weight.shape[0], -1).sum(1)
     init: Array = (-config.zero * sums).astype(np.int32)
@@ -276,11 +280,11 @@ def _with_pattern(
     if nm.axis % declared.rank != 1:
         return spec, f"runs dense: {label} lies along axis {nm.axis}, not along the reduction"
     sparse = replace(spec, pattern=NM(nm.keep, nm.group, 1, block=nm.block))
-    why, gain = contract.supports(sparse, target.isa), target.sparse_gain(spec.input_dtype, nm)
+    why, gain = contract.supports(sparse, target.isa), target.sparse_gain(spec.operand, nm)
     if not why and gain >= _PAYS:
         return sparse, f"{label} kernel, expected {gain:.2g}x over dense"
     if (wider := _wider(spec, weight, target)) is not None:
-        gain = target.sparse_gain(spec.input_dtype, wider)
+        gain = target.sparse_gain(spec.operand, wider)
         text = (
             f"{wider.keep}:{wider.group} kernel for {label} weights, which obey both, expected {gain:.2g}x over dense"
         )
@@ -293,21 +297,21 @@ def _with_pattern(
 def _wider(spec: ContractSpec, weight: Array, target: Target) -> NM | None:
     """The fastest pattern of the target that the weights obey as well, if it pays."""
     ready = _held(spec, weight, target)
-    best = max(ready, key=lambda nm: target.sparse_gain(spec.input_dtype, nm), default=None)
-    return best if best is not None and target.sparse_gain(spec.input_dtype, best) >= _PAYS else None
+    best = max(ready, key=lambda nm: target.sparse_gain(spec.operand, nm), default=None)
+    return best if best is not None and target.sparse_gain(spec.operand, best) >= _PAYS else None
 
 
 def _spec_of(body: Graph, root: Node, constants: Mapping[str, Array]) -> ContractSpec | Refused:
     x, w = (body.types[v] for v in root.inputs[:2])
     pair = (in_bytes(x.dtype), in_bytes(w.dtype))
-    if pair not in ((U8, S8), (F32, F32)):
+    if pair not in ((U8, S8), (F32, F32), (BF16, BF16)):
         return Refused(f"no register-tiled kernel for {x.dtype} by {w.dtype}")
     constant = root.inputs[1] in constants
     if not constant and isinstance(root.op, (ops.Linear, ops.IntLinear, ops.Conv, ops.IntConv)):
         return Refused("the weights are computed at run time")
     if len(root.inputs) > 2 and root.inputs[2] not in constants:
         return Refused("the bias is computed at run time")
-    element: Element = "u8s8" if pair == (U8, S8) else "f32"
+    element = _ELEMENTS[pair[0]]
     zero = getattr(root.op, "x_zero", 0)
     init = element == "u8s8" or len(root.inputs) > 2
     if isinstance(root.op, (ops.Linear, ops.IntLinear)):

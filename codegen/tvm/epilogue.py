@@ -14,7 +14,7 @@ from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, const
 from bitwright.codegen.tvm.vecmath import keep
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
-from bitwright.ir.types import U8, TensorType
+from bitwright.ir.types import BF16, U8, TensorType
 
 _SCALED = (ops.Quantize, ops.Dequantize, ops.Requantize)
 _HEAVY = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish pow sin cos tan".split())
@@ -105,7 +105,8 @@ class PointwiseEpilogue:
         self, b: Builder, pointers: Mapping[str, Pointer], acc: Vec, row: Index, col: Index, wide: bool = False
     ) -> Vec:
         """The result for one vector; ``wide``: as s32, before the last clamp."""
-        values: dict[str, Vec] = {self.root.output: keep(b, acc)}
+        sums = acc.cast(BF16) if self.root.type.dtype == BF16 else acc
+        values: dict[str, Vec] = {self.root.output: keep(b, sums)}
         position = {v.name: i for i, v in enumerate(self.body.inputs)}
         exact, forms = needs_exact(self.body), dict(self.forms)
         for n in self.body.nodes:

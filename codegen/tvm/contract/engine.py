@@ -203,6 +203,35 @@ class Floats(Engine):
 
 
 @dataclass(frozen=True)
+class Halves(Engine):
+    """Pairs of bf16 in lanes of 32 bits by vdpbf16ps, selection by vpermw; bf16 is read as 16-bit words.
+
+    Indices are packed in time, three fields of five bits in a word: vpermw reads only the low five, so that a shift is
+    all the unpacking there is.
+    """
+
+    def broadcast(self, b: Builder, x: Pointer, at: Index) -> Operand:
+        return (b.let(b.load(x, at, 2).bits(S32).spread(self.lanes)),)
+
+    def window(self, b: Builder, x: Pointer, at: Index, reach: int) -> Vec:
+        return b.let(b.load(x, at, 2 * self.lanes))
+
+    def indices(self, b: Builder, stream: Pointer, at: Index, step: Step, plan: Plan) -> Vec:
+        raw = b.load(stream, at, 2 * self.lanes)
+        return b.let(raw >> step.shift if step.shift else raw)
+
+    def select(self, b: Builder, window: Vec, index: Vec) -> Operand:
+        return (b.let(call(x86.VPERMW_512, window, index)),)
+
+    def weights(self, b: Builder, w: Pointer, at: Index, part: int = 0) -> Operand:
+        b.require(x86.VDPBF16PS_512.wrapper)
+        return (b.let(b.load(w, at, 2 * self.lanes).bits(S32)),)
+
+    def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
+        return call(x86.VDPBF16PS_512, acc, a[0], w[0])
+
+
+@dataclass(frozen=True)
 class Generic(Engine):
     """Any target and both element types: one product per lane and step; a selection is scalar loads."""
 
@@ -253,6 +282,7 @@ def _floats(lanes: int, permute: Instruction) -> Floats:
 
 _FLOATS_512 = _floats(16, x86.VPERMPS_512)
 _FLOATS_256 = _floats(8, x86.VPERMPS_256)
+_HALVES_512 = Halves(16, 2, Selector((32,), True, (5,), 16, in_window=True), F32, U16, 2)
 
 
 def engine_of(spec: ContractSpec, knobs: Knobs) -> Engine:
@@ -260,6 +290,8 @@ def engine_of(spec: ContractSpec, knobs: Knobs) -> Engine:
     lanes = LANES[knobs.isa]
     if knobs.isa == "portable":
         return Generic(lanes, 1, _ANY, spec.acc_dtype, U8, 1, bits=knobs.register_bits if spec.element == "u8s8" else 8)
+    if spec.element == "bf16":
+        return _HALVES_512
     if spec.element == "f32":
         if spec.sparsity and spec.sparsity[1] > lanes:
             return GenericFma(lanes, 1, _ANY, F32, U8, 1)

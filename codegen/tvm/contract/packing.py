@@ -157,7 +157,7 @@ def _pack_indices(plan: Plan, layout: Layout, positions: Array, real: Array) -> 
     for n, (step, _, first) in enumerate(plan.walk()):
         value = np.where(real[n], positions[..., n, :] + np.array(step.base), 0).astype(np.uint32)
         fields[..., first + step.vector, :] |= value << np.uint32(step.shift)
-    return fields.view(np.int32) if layout.index_dtype == S32 else fields.astype(np.uint8)
+    return fields.view(np.int32) if layout.index_dtype == S32 else fields.astype(layout.index_dtype.numpy)
 
 
 def unpack_weights(spec: ContractSpec, plan: Plan, layout: Layout, arrays: list[Array]) -> tuple[Array, Array]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from bitwright.ir.errors import InvalidInput
-from bitwright.ir.types import F32, NM, S8, S32, U8, DType
+from bitwright.ir.types import BF16, F32, NM, S8, S32, U8, U16, DType
 
-Element = Literal["u8s8", "f32"]
+Element = Literal["u8s8", "f32", "bf16"]
 Isa = Literal["avx512-vnni", "avx-vnni", "avx2", "portable"]
 Right = Literal["constant", "kn", "nk"]
 ISAS: tuple[Isa, ...] = get_args(Isa)
@@ -87,7 +87,7 @@ class Conv:
 
 @dataclass(frozen=True, slots=True)
 class ContractSpec:
-    """One contraction. The accumulator is s32 for ``u8s8`` and f32 for ``f32``.
+    """One contraction. The accumulator is s32 for ``u8s8`` and f32 for ``f32`` and ``bf16`` (read as 16-bit words).
 
     ``init``: accumulators start from a packed per-output constant (zero-point correction, or a bias).
     ``pad_value``: the activation that stands outside the image (the zero point of ``u8s8``).
@@ -105,11 +105,16 @@ class ContractSpec:
 
     @property
     def input_dtype(self) -> DType:
-        return U8 if self.element == "u8s8" else F32
+        return {"u8s8": U8, "bf16": U16}.get(self.element, F32)
+
+    @property
+    def operand(self) -> DType:
+        """The format of the activations' values (as a target lists it)."""
+        return BF16 if self.element == "bf16" else self.input_dtype
 
     @property
     def weight_dtype(self) -> DType:
-        return S8 if self.element == "u8s8" else F32
+        return {"u8s8": S8, "bf16": U16}.get(self.element, F32)
 
     @property
     def acc_dtype(self) -> DType:

@@ -302,6 +302,37 @@ def test_prefetching_changes_nothing(pattern: NM | None, tmp_path: Path) -> None
     assert knobs(ContractSpec("u8s8", Matrix(32, 1024, 1024)), "avx512-vnni").prefetch
 
 
+@pytest.mark.parametrize("name", ["3x3", "grouped"])
+def test_prefetching_over_taps_and_groups_changes_nothing(name: str, tmp_path: Path) -> None:
+    spec = ContractSpec("u8s8", CONVOLUTIONS[name])
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, spec.input_elements).astype(np.uint8)
+    weight = rng.integers(-128, 128, spec.weight_shape).astype(np.int8)
+    chosen = replace(knobs(spec, "avx512-vnni"), rows=2, vectors=1, prefetch=True)
+    func = emit(spec, chosen, StoreAcc(spec.rows, spec.cols, spec.acc_dtype), "kernel")
+    got = execute(func, "avx512-vnni", tmp_path, spec, [x, *pack(spec, chosen, weight)])
+    np.testing.assert_array_equal(got, reference(spec, x, weight, None))
+
+
+def test_tiles_leave_no_small_remainder() -> None:
+    """(rows, vectors) of dense AVX-512 tiles, and whether they fetch the next panel meanwhile."""
+
+    def tile(geometry: Matrix | Conv, pattern: NM | None = None) -> tuple[int, int, bool]:
+        k = knobs(ContractSpec("u8s8", geometry, pattern), "avx512-vnni")
+        return k.rows, k.vectors, k.prefetch
+
+    rows = {1: (1, 4), 5: (5, 4), 13: (13, 2), 16: (8, 2), 50: (10, 2), 128: (8, 2), 196: (10, 2)}
+    assert {n: tile(Matrix(n, 768, 768)) for n in rows} == {n: (*t, t[1] == 2) for n, t in rows.items()}
+    assert tile(Matrix(64, 32, 64)) == (8, 2, False)  # one panel: nothing to fetch
+    assert tile(Matrix(64, 48, 64)) == (4, 3, False)
+    assert tile(Conv(1, 14, 14, 64, 64, (3, 3), padding=(1, 1, 1, 1))) == (14, 2, True)
+    assert tile(Conv(1, 56, 56, 64, 64, (3, 3), padding=(1, 1, 1, 1))) == (7, 2, True)
+    assert tile(Conv(1, 13, 30, 64, 64, (3, 3), padding=(1, 1, 1, 1))) == (10, 2, True)
+    assert tile(Conv(1, 31, 31, 64, 64, (3, 3), padding=(1, 1, 1, 1)))[2] is False
+    assert tile(Matrix(128, 768, 768), NM(2, 4, axis=1)) == (4, 4, False)
+    assert tile(Matrix(128, 3072, 768), NM(2, 4, axis=1)) == (8, 2, True)
+
+
 def test_mask_and_weights_must_agree() -> None:
     spec = ContractSpec("u8s8", Matrix(2, 3, 8), NM(2, 4, axis=1))
     chosen = knobs(spec, "avx512-vnni")

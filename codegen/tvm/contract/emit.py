@@ -14,7 +14,7 @@ from bitwright.codegen.tvm.contract.nest import Nest, nest_of
 from bitwright.codegen.tvm.contract.packing import Layout, packed_sizes
 from bitwright.codegen.tvm.contract.plan import Plan
 from bitwright.codegen.tvm.contract.spec import ContractSpec, KernelFunc, Knobs, runs_of
-from bitwright.codegen.tvm.contract.tile import LINE, Place, Streams, TileWriter
+from bitwright.codegen.tvm.contract.tile import LINE, Fetch, Place, Streams, TileWriter
 from bitwright.codegen.tvm.tir import Builder, Index, Pointer, width
 from bitwright.ir.types import U8
 
@@ -129,15 +129,9 @@ class _Emitter:
     def _tile(self, group: Index, panel: Index, row: Index, rows: int, vectors: int, cols: int) -> None:
         b, made = self.writer.b, self.made
         runs, engine, layout = self.writer.runs.count, made.engine, made.layout
-        panel_weights = runs * made.stored.all_weight_vectors * layout.vectors * layout.lanes * engine.quad
         panel_indices = runs * made.plan.vectors * layout.vectors * layout.lanes * engine.index_quad
         vectors_per_group = ceil(made.group_cols / layout.lanes)
         group_indices = panel_indices // layout.vectors * vectors_per_group
-        lines = 0
-        if made.knobs.prefetch:
-            step_lines = layout.vectors * layout.lanes * engine.quad * width(made.spec.weight_dtype) // LINE
-            lines = ceil(step_lines / (self.nest.tiles + (self.nest.rest > 0)))
-        share = row // self.nest.tile * (lines * LINE // width(made.spec.weight_dtype))
         place = Place(
             row=row,
             col=b.index(group * made.group_cols + panel * (layout.vectors * layout.lanes)),
@@ -146,10 +140,19 @@ class _Emitter:
             indices=b.index(group * group_indices + panel * panel_indices),
             vectors=vectors,
             cols=cols,
-            ahead=b.index(share + panel_weights) if lines else 0,
-            lines=lines,
+            fetch=self._next_panel(row, group, panel) if made.knobs.prefetch else (),
         )
         self.writer.tile(place)
+
+    def _next_panel(self, row: Index, group: Index, panel: Index) -> tuple[Fetch, ...]:
+        """The tile's share of the next panel of weights."""
+        b, made, size = self.writer.b, self.made, width(self.packed.dtype)
+        blocks = self.writer.runs.count * (made.plan.full + (made.plan.tail is not None))
+        by_vector = self.writer.runs.count * made.stored.all_weight_vectors * made.layout.lanes * made.engine.quad
+        lines = ceil(by_vector * made.layout.vectors * size / LINE / (blocks * self.nest.tiles))
+        elements = lines * LINE // size
+        start = self._weights_at(group, panel + 1) + row // self.nest.tile * (blocks * elements)
+        return (Fetch(self.packed, b.index(start), elements),)
 
     def _weights_at(self, group: Index, panel: Index) -> Index:
         """First packed weight of a panel."""

@@ -118,27 +118,28 @@ class Plan:
         return out
 
 
-def plan_of(spec: ContractSpec, quad: int, selector: Selector, fields: int = 1) -> Plan | str:
+def plan_of(spec: ContractSpec, quad: int, selector: Selector, fields: int = 1, unroll: int = 1) -> Plan | str:
     """The plan of one run, or the reason why the pattern has none on this instruction set.
 
-    ``fields``: steps whose weights share a vector. The order of the products does not depend on it.
+    ``fields``: steps whose weights share a vector; ``unroll``: vectors of weights in a block of a dense plan. The
+    order of the products depends on neither.
     """
     length = runs_of(spec).length
     if spec.sparsity is None:
-        return _dense(length, quad, fields)
+        return _dense(length, quad, fields, unroll)
     keep, group = spec.sparsity
     if group > selector.window:
         return f"a group of {group} does not fit the {selector.window} activations one selection reaches"
     return replace(_sparse(length, keep, group, quad, selector), fields=fields)
 
 
-def _dense(length: int, quad: int, fields: int) -> Plan:
+def _dense(length: int, quad: int, fields: int, unroll: int) -> Plan:
     def block(steps: int) -> Block:
         made = (Step(tuple(Slot(n * quad + q, 0) for q in range(quad)), n * quad) for n in range(steps))
         return Block(tuple(made), steps * quad, steps * quad, 0)
 
-    full, rest = divmod(ceil(length / quad), fields)
-    return Plan(length, 1, 1, quad, False, 0, quad, block(fields), full, block(rest) if rest else None, fields)
+    full, rest = divmod(ceil(length / quad), fields * unroll)
+    return Plan(length, 1, 1, quad, False, 0, quad, block(fields * unroll), full, block(rest) if rest else None, fields)
 
 
 def _sparse(length: int, keep: int, group: int, quad: int, selector: Selector) -> Plan:

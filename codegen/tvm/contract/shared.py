@@ -28,7 +28,7 @@ from bitwright.codegen.tvm.contract.lowbit import scaled
 from bitwright.codegen.tvm.contract.nest import Nest, nest_of
 from bitwright.codegen.tvm.contract.packing import pack_weights, packed_sizes, unpack_weights
 from bitwright.codegen.tvm.contract.spec import ContractSpec, Isa, KernelFunc, Knobs, Matrix, runs_of
-from bitwright.codegen.tvm.contract.tile import LINE, Place, Streams, TileWriter
+from bitwright.codegen.tvm.contract.tile import LINE, Fetch, Place, Streams, TileWriter
 from bitwright.codegen.tvm.spelling import call
 from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, minimum, width
 from bitwright.ir.errors import InvalidInput
@@ -198,13 +198,13 @@ class _Emitter:
             )
         )
 
-    def _later(self, row: Index) -> tuple[Pointer, Index, int] | None:
+    def _later(self, row: Index) -> tuple[Fetch, ...]:
         """The activations of the next tile: its compaction would wait for the second-level cache."""
-        g = self.made.spec.geometry
-        if not isinstance(g, Matrix) or self.made.panels_per_unit > 1:
-            return None
-        times = ceil(self.nest.tile * g.depth / self.made.compaction.depth)
-        return self.x, self.writer.b.index((row + self.nest.tile) * g.depth), times
+        g, plan = self.made.spec.geometry, self.made.dense.plan
+        if not isinstance(g, Matrix) or not self.made.knobs.prefetch:
+            return ()
+        elements = ceil(self.nest.tile * g.depth / (plan.full + (plan.tail is not None)))
+        return (Fetch(self.x, self.writer.b.index((row + self.nest.tile) * g.depth), elements),)
 
     def _compact(self, group: Index, unit: Index, bases: list[Index], out: list[Index]) -> None:
         """Every run of some rows, one behind the other in scratch."""

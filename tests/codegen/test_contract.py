@@ -183,7 +183,7 @@ def test_every_pattern_on_avx512(keep_group: tuple[int, int], element: Any, tmp_
 
 
 @pytest.mark.parametrize("isa", ["avx-vnni", "avx2", "portable"])
-@pytest.mark.parametrize("keep_group", [(2, 4), (1, 8), (3, 8), (4, 16)], ids=str)
+@pytest.mark.parametrize("keep_group", [(2, 4), (1, 8), (3, 8), (4, 16), (5, 9)], ids=str)
 @pytest.mark.parametrize(("element", "rows"), [("u8s8", 1), ("u8s8", 5), ("f32", 5)])
 def test_patterns_elsewhere(keep_group: tuple[int, int], element: Any, rows: int, isa: Isa, tmp_path: Path) -> None:
     check(ContractSpec(element, Matrix(rows, 21, 75), NM(*keep_group, axis=1)), isa, tmp_path)
@@ -222,6 +222,9 @@ DEPTHWISE = {
     "strided": Conv(1, 9, 8, 16, 16, (3, 3), (2, 2), padding=(0, 1, 1, 1), groups=16),
     "5x5 dilated": Conv(1, 11, 11, 8, 8, (5, 5), (1, 1), (2, 2), (4, 4, 4, 4), 8),
     "5x4": Conv(1, 9, 9, 33, 33, (5, 4), padding=(2, 2, 2, 1), groups=33),
+    "pairs of vectors": Conv(2, 7, 9, 83, 83, (3, 3), padding=(1, 1, 1, 1), groups=83),
+    "pairs, strided": Conv(1, 11, 14, 50, 50, (3, 3), (2, 2), padding=(1, 1, 1, 1), groups=50),
+    "pairs, two quads": Conv(1, 9, 10, 64, 64, (7, 7), padding=(3, 3, 3, 3), groups=64),
     "one pixel": Conv(1, 1, 1, 3, 3, (3, 3), padding=(1, 1, 1, 1), groups=3),
 }
 

@@ -14,7 +14,7 @@ from bitwright.codegen.tvm.contract import lowbit
 from bitwright.codegen.tvm.contract.plan import Plan, Selector, Step
 from bitwright.codegen.tvm.contract.spec import LANES, ContractSpec, Knobs
 from bitwright.codegen.tvm.spelling import call
-from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, concat, const, constants, fma
+from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, concat, const, constants, fma, shuffle
 from bitwright.ir.types import F32, S16, S32, S64, U8, U16, U32, DType
 
 Operand = tuple[Vec, ...]
@@ -63,8 +63,17 @@ class Engine:
         """The finished sum of an accumulator."""
         return acc
 
+    @property
+    def together(self) -> int:
+        """How many vectors of channels a depthwise kernel interleaves at once: 2 with :meth:`interleave_pair`."""
+        return 1
+
     def interleave(self, b: Builder, rows: list[Vec]) -> Operand:
         """``quad`` vectors of activations, one per product of a lane."""
+        raise NotImplementedError
+
+    def interleave_pair(self, b: Builder, rows: list[Vec]) -> list[Operand]:
+        """``quad`` vectors of activations of twice the lanes: the operands of both halves."""
         raise NotImplementedError
 
     def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
@@ -116,6 +125,18 @@ class DotBytes(Bytes):
     """vpdpbusd."""
 
     dot: Instruction
+
+    @property
+    def together(self) -> int:
+        return 2 if self.lanes == 16 else 1
+
+    def interleave_pair(self, b: Builder, rows: list[Vec]) -> list[Operand]:
+        """Bytes of two rows, then pairs of them: full registers all the way."""
+        wide = 2 * self.lanes
+        order = [row * wide + lane for lane in range(wide) for row in range(2)]
+        pairs = [b.let(concat(rows[i : i + 2]).shuffle(order)).bits(U16) for i in (0, 2)]
+        halves = ([p * wide + lane for lane in range(first, first + 16) for p in (0, 1)] for first in (0, 16))
+        return [self._activations(b, b.let(shuffle(pairs, half)).bits(U8)) for half in halves]
 
     def weights(self, b: Builder, w: Pointer, at: Index, part: int = 0) -> Operand:
         raw = b.load(w, at, self.lanes * 4)
@@ -232,6 +253,19 @@ class Halves(Engine):
 
 
 @dataclass(frozen=True)
+class TwoFloats(Floats):
+    """Windows of two vectors: both are permuted, and the bit above a permutation's reach chooses between them."""
+
+    def window(self, b: Builder, x: Pointer, at: Index, reach: int) -> Vec:
+        return b.let(b.load(x, at, 2 * self.lanes))
+
+    def select(self, b: Builder, window: Vec, index: Vec) -> Operand:
+        low, high = (call(self.permute, window.part(n, self.lanes), index) for n in (0, self.lanes))
+        top = index.bits(S32) << (32 - self.lanes.bit_length())
+        return (b.let(top.lt(0).select(high, low)),)
+
+
+@dataclass(frozen=True)
 class Generic(Engine):
     """Any target and both element types: one product per lane and step; a selection is scalar loads."""
 
@@ -281,6 +315,8 @@ def _floats(lanes: int, permute: Instruction) -> Floats:
 
 
 _FLOATS_512 = _floats(16, x86.VPERMPS_512)
+_TWO_FLOATS_512 = TwoFloats(16, 1, Selector((32,), False, (8,), 32, in_window=True), F32, S32, 1, x86.VPERMPS_512)
+_TWO_FLOATS_256 = TwoFloats(8, 1, Selector((16,), False, (4,), 32, in_window=True), F32, S32, 1, x86.VPERMPS_256)
 _FLOATS_256 = _floats(8, x86.VPERMPS_256)
 _HALVES_512 = Halves(16, 2, Selector((32,), True, (5,), 16, in_window=True), F32, U16, 2)
 
@@ -293,6 +329,8 @@ def engine_of(spec: ContractSpec, knobs: Knobs) -> Engine:
     if spec.element == "bf16":
         return _HALVES_512
     if spec.element == "f32":
+        if spec.sparsity and lanes < spec.sparsity[1] <= 2 * lanes:
+            return _TWO_FLOATS_512 if lanes == 16 else _TWO_FLOATS_256
         if spec.sparsity and spec.sparsity[1] > lanes:
             return GenericFma(lanes, 1, _ANY, F32, U8, 1)
         return _FLOATS_512 if lanes == 16 else _FLOATS_256

@@ -1,12 +1,14 @@
 """Depthwise convolution: channels in lanes, a small tile of output pixels, taps unrolled.
 
 8-bit kernels interleave four input rows of a column into 32-bit lanes, so that one dot-product instruction takes
-four vertical taps; one interleaving serves every output of the tile that touches the column. Tiles that reach
-outside the image read clamped addresses and select the padding value; no padded copy is made.
+four vertical taps; one interleaving serves every output of the tile that touches the column. With 512-bit registers
+two vectors of channels are interleaved together, bytes first and then pairs of them. Tiles that reach outside the
+image read clamped addresses and select the padding value; no padded copy is made.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -209,55 +211,77 @@ class _Depthwise:
         left = b.index(ow * c.stride[1] - c.padding[1])
         reader = _Reader(self, image, y, left, checked)
         row = b.index((image * c.output[0] + oh) * c.output[1] + ow)
-        with b.loop(c.channels // lanes, name="block") as block:
-            self._channels(reader, row, block, height, wide, lanes)
-        if c.channels % lanes:
-            self._channels(reader, row, c.channels // lanes, height, wide, c.channels % lanes)
+        together = self.engine.together
+        with b.loop(c.channels // (together * lanes), name="block") as block:
+            self._channels(reader, row, b.index(block * together), height, wide, together * lanes)
+        done = c.channels // (together * lanes) * together
+        if (rest := c.channels - done * lanes) >= lanes:
+            self._channels(reader, row, done, height, wide, lanes)
+            done, rest = done + 1, rest - lanes
+        if rest:
+            self._channels(reader, row, done, height, wide, rest)
 
     def _channels(self, reader: _Reader, row: Index, block: Index, height: int, wide: int, valid: int) -> None:
+        """``valid`` channels from the ``block``-th vector on: of one vector, or of several whole ones together."""
         b, c, lanes, columns = self.b, self.conv, self.engine.lanes, self.columns
-        channel = b.index(block * lanes)
-        start = const(0, self.engine.acc, lanes)
-        if self.init is not None:
-            start = b.let(b.load(self.init, channel, lanes))
-        acc = [[b.register(self.engine.acc, lanes, start, "acc") for _ in range(wide)] for _ in range(height)]
+        channel, parts = b.index(block * lanes), ceil(valid / lanes)
+        acc = self._started(channel, height, wide, parts)
         step = lanes * self.engine.quad
-        base = b.index(block * (columns.slots * c.kernel[1] * step))
+        stride = columns.slots * c.kernel[1] * step
+        base = b.index(block * stride)
         uses: dict[int, list[tuple[int, int]]] = {}
         for column in range(wide):
             for k in range(c.kernel[1]):
                 uses.setdefault(column * c.stride[1] + k * c.dilation[1], []).append((column, k))
-        held: dict[int, Operand] = {}
-        for at in sorted(uses):
-            for quad in range(columns.quads):
-                rows = [r for r in range(height) if columns.used(r, quad)]
-                if not rows:
-                    continue
-                a = reader.column(quad, at, channel)
-                for r in rows:
-                    for column, k in uses[at]:
-                        place = columns.slot(r, quad) * c.kernel[1] + k
-                        if place not in held:
-                            held[place] = self.engine.weights(b, self.weights, base + place * step)
-                        acc[r][column].set(self.engine.mac(acc[r][column].get(), a, held[place]))
+        held: dict[tuple[int, int], Operand] = {}
+
+        def weights(part: int, slot: int) -> Operand:
+            if (part, slot) not in held:
+                held[part, slot] = self.engine.weights(b, self.weights, base + (part * stride + slot * step))
+            return held[part, slot]
+
+        for at, quad in itertools.product(sorted(uses), range(columns.quads)):
+            rows = [r for r in range(height) if columns.used(r, quad)]
+            if not rows:
+                continue
+            taps = [(r, *use) for r in rows for use in uses[at]]
+            for part, a in enumerate(reader.column(quad, at, channel, parts)):
+                for r, column, k in taps:
+                    w, sums = weights(part, columns.slot(r, quad) * c.kernel[1] + k), acc[r][column][part]
+                    sums.set(self.engine.mac(sums.get(), a, w))
         self._finish(acc, row, channel, valid)
 
-    def _finish(self, acc: list[list[Register]], row: Index, channel: Index, valid: int) -> None:
+    def _started(self, channel: Index, height: int, wide: int, parts: int) -> list[list[list[Register]]]:
+        """Accumulators by row, column and vector of channels."""
+        b, lanes = self.b, self.engine.lanes
+        acc: list[list[list[Register]]] = [[[] for _ in range(wide)] for _ in range(height)]
+        for part in range(parts):
+            start = const(0, self.engine.acc, lanes)
+            if self.init is not None:
+                start = b.let(b.load(self.init, channel + part * lanes, lanes))
+            for pixel in itertools.chain(*acc):
+                pixel.append(b.register(self.engine.acc, lanes, start, "acc"))
+        return acc
+
+    def _finish(self, acc: list[list[list[Register]]], row: Index, channel: Index, valid: int) -> None:
         b, lanes, pitch, wide = self.b, self.engine.lanes, self.conv.output[1], len(acc[0])
         if not self.epilogue.heavy:
             for r, line in enumerate(acc):
-                for i, register in enumerate(line):
-                    self._store(register.get(), row + r * pitch + i, channel, valid)
+                for i, place in enumerate(line):
+                    self._store([register.get() for register in place], row + r * pitch + i, channel, valid)
             return
         for r, line in enumerate(acc):
-            memory = b.stack(self.engine.acc, wide * lanes, "tile")
-            for i, register in enumerate(line):
-                b.store(memory, i * lanes, register.get())
+            memory = [b.stack(self.engine.acc, wide * lanes, "tile") for _ in line[0]]
+            for i, place in enumerate(line):
+                for part, register in enumerate(place):
+                    b.store(memory[part], i * lanes, register.get())
             with b.loop(wide, name="column") as column:
-                self._store(b.load(memory, column * lanes, lanes), row + r * pitch + column, channel, valid)
+                sums = [b.load(m, column * lanes, lanes) for m in memory]
+                self._store(sums, row + r * pitch + column, channel, valid)
 
-    def _store(self, acc: Vec, row: Index, channel: Index, valid: int) -> None:
-        self.epilogue.store(self.b, self.pointers, self.b.let(acc), row, channel, valid)
+    def _store(self, accs: list[Vec], row: Index, channel: Index, valid: int) -> None:
+        kept = [self.b.let(a) for a in accs]
+        self.epilogue.store_row(self.b, self.pointers, kept, row, channel, valid)
 
 
 class _Reader:
@@ -275,8 +299,8 @@ class _Reader:
                 self.valid.append(b.index(choose(both(y + offset >= 0, y + offset < c.height), 1, 0)))
             self.lines.append(b.index((image * c.height + at) * (c.width * c.channels)))
 
-    def column(self, quad: int, offset: int, channel: Index) -> Operand:
-        """The rows of a quad at one input column."""
+    def column(self, quad: int, offset: int, channel: Index, parts: int) -> list[Operand]:
+        """The rows of a quad at one input column: an operand for each of ``parts`` vectors of channels."""
         k = self.kernel
         b, c, size = k.b, k.conv, k.engine.quad
         across = self.left + offset
@@ -290,10 +314,10 @@ class _Reader:
             if place >= len(self.lines):
                 rows.append(rows[-1])
                 continue
-            value = b.load(k.x, self.lines[place] + clamped, k.engine.lanes)
+            value = b.load(k.x, self.lines[place] + clamped, parts * k.engine.lanes)
             if self.checked:
                 there = b.index(inside * self.valid[place])
-                outside = const(k.spec.pad_value, k.spec.input_dtype, k.engine.lanes)
-                value = scalar(there).spread(k.engine.lanes).ne(0).select(value, outside)
+                outside = const(k.spec.pad_value, k.spec.input_dtype, value.lanes)
+                value = scalar(there).spread(value.lanes).ne(0).select(value, outside)
             rows.append(b.let(value))
-        return k.engine.interleave(b, rows)
+        return [k.engine.interleave(b, rows)] if parts == 1 else k.engine.interleave_pair(b, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from bitwright.codegen.devices import library
 from bitwright.codegen.targets import c99, x86
 from bitwright.codegen.targets.x86_bf16 import AVX512_BF16
 from bitwright.ir.errors import InvalidInput, did_you_mean
@@ -17,15 +18,17 @@ SOURCES: dict[str, Target] = {c99.C.name: c99.C}
 
 def names() -> list[str]:
     """What ``--target`` takes."""
-    return ["host", *BUILTIN, *SOURCES]
+    return ["host", *BUILTIN, *SOURCES, *library.names()]
 
 
 def resolve(target: str | Target, *, calibrate: bool = True) -> Target:
-    """A target by name (``host``: this machine); raises :class:`InvalidInput` for an unknown one."""
+    """A target by name (``host``: this machine; ``*.toml``: a device's file); raises :class:`InvalidInput` for an unknown one."""
     if isinstance(target, Target):
         return target
     if target == "host":
         return host(calibrate=calibrate)
+    if library.is_device(target):
+        return library.find_device(target).target()
     known = BUILTIN | SOURCES
     if target not in known:
         raise InvalidInput(

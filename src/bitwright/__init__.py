@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         load_graph,
         load_onnx,
         optimize,
+        simulate,
         to_onnx,
         verify,
     )
@@ -44,6 +45,7 @@ _LAZY = {
             "load_graph",
             "load_onnx",
             "optimize",
+            "simulate",
             "to_onnx",
             "verify",
         )
@@ -83,6 +85,7 @@ __all__ = [
     "load_graph",
     "load_onnx",
     "optimize",
+    "simulate",
     "small_float_training",
     "sparse_training",
     "to_onnx",

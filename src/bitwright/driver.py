@@ -20,6 +20,7 @@ from bitwright.runtime.program import Program
 if TYPE_CHECKING:
     from bitwright.advice import Advised
     from bitwright.c_program import CProgram
+    from bitwright.simulation import Simulation
 
 Progress = Callable[[str, float], None]
 Recipe = str | Iterable[Any]
@@ -210,7 +211,8 @@ def compile(
     _whole("threads", threads, 1024)
     machine = resolve(target)
     if machine.kind == "device":
-        raise InvalidInput(f"target {machine.name} loads no programs: bitwright.compile_c writes its sources")
+        how = "bitwright.compile_c writes sources" if machine.name == "c" else "bitwright.simulate runs models on it"
+        raise InvalidInput(f"target {machine.name} loads no programs: {how}")
     graph, recipe, calibration = _request(model, recipe, calibration, example_inputs, batch, sizes, budget)
     return assemble(
         graph, machine, recipe, batches(calibration), threads=threads, batch=batch, dump=dump,
@@ -242,6 +244,31 @@ def compile_c(
     return assemble_c(
         graph, machine, recipe, batches(calibration), batch=batch, dump=dump, progress=progress, name=name
     )
+
+
+def simulate(
+    model: Any,
+    device: str,
+    inputs: Any = None,
+    *,
+    recipe: Recipe = "int8",
+    calibration: Any = None,
+    example_inputs: Any = None,
+    batch: int = 1,
+    sizes: Mapping[str, int] | None = None,
+    budget: str = "",
+) -> Simulation:
+    """Run a model on a device that exists on paper: by name, or by the path of its TOML file.
+
+    ``inputs``: arrays in input order (None: those of the calibration data, or random ones); the rest as of
+    :func:`compile`. The result holds outputs, cycles and energy by layer, and whether the reference agrees.
+    """
+    from bitwright.codegen.devices.library import find_device
+    from bitwright.simulation import simulate_graph
+
+    found = find_device(device)
+    graph, recipe, calibration = _request(model, recipe, calibration, example_inputs, batch, sizes, budget)
+    return simulate_graph(graph, found, recipe, batches(calibration), inputs, batch)
 
 
 def _request(
@@ -361,6 +388,7 @@ __all__ = [
     "load_graph",
     "load_onnx",
     "optimize",
+    "simulate",
     "to_graph",
     "to_onnx",
 ]

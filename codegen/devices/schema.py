@@ -1,0 +1,187 @@
+"""A device as data: its instructions with their meaning, its memories, its costs. Read from TOML, checked, frozen."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from bitwright.codegen.devices.meaning import Meaning, read_meaning
+from bitwright.codegen.devices.units import Unit, quantity
+from bitwright.ir.errors import InvalidInput
+from bitwright.ir.target import Rate, SparseRate, Target, in_bytes
+from bitwright.ir.types import S32, U8
+
+
+def _in(unit: Unit) -> BeforeValidator:
+    return BeforeValidator(lambda v: quantity(v, unit))
+
+
+Bytes = Annotated[float, _in("bytes")]
+Hertz = Annotated[float, _in("hertz")]
+BytesPerCycle = Annotated[float, _in("bytes/cycle")]
+Bits = Annotated[float, _in("bits")]
+Joule = Annotated[float, _in("joule")]
+JoulePerByte = Annotated[float, _in("joule/byte")]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Memory(_Table):
+    """Where weights or activations lie: bytes, bytes a cycle, joules a byte moved."""
+
+    size: Bytes
+    bandwidth: BytesPerCycle
+    energy: JoulePerByte = 0.0
+
+
+class Registers(_Table):
+    """The registers that an instruction's operands must fit: bits in all."""
+
+    size: Bits
+
+
+class Vector(_Table):
+    """The unit for everything that is no contraction: cycles and joules an element and operator."""
+
+    cycles: Annotated[float, Field(gt=0)] = 1.0
+    energy: Joule = 0.0
+
+
+class Instruction(_Table):
+    """One contraction instruction.
+
+    ``meaning``: IR text of what it computes, ``(%x: u4[b, 16], %w: s4[o, 16], %acc: s32[b, o]) -> (y = %y)``: a row of
+    x of ``depth`` terms by the weights of ``lanes`` outputs. The symbols b and o stand for any size. Without ``%acc``
+    it takes the whole reduction at once, ``depth`` terms a step.
+    """
+
+    name: Annotated[str, Field(pattern=r"[A-Za-z][\w.-]*")]
+    lanes: Annotated[int, Field(ge=1)]
+    depth: Annotated[int, Field(ge=1)]
+    cycles: Annotated[float, Field(gt=0)] = 1.0
+    energy: Joule = 0.0
+    meaning: str
+    spelling: str = ""
+
+    @cached_property
+    def parsed(self) -> Meaning:
+        """The meaning as a graph; raises :class:`InvalidInput` where it is none."""
+        return read_meaning(self.meaning, self.depth)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one step, zeros of a mask counted."""
+        return self.lanes * self.depth
+
+    @property
+    def area(self) -> float:
+        """A proxy for the multipliers' area: bits of x times bits of w of every product that is computed."""
+        return self.macs * self.parsed.density * self.parsed.x.bits * self.parsed.w.bits
+
+
+class Device(_Table):
+    """A machine on paper."""
+
+    name: Annotated[str, Field(pattern=r"[a-z][a-z0-9-]*")]
+    title: str = ""
+    source: str
+    """Where the figures come from."""
+    clock: Hertz
+    weights: Memory
+    activations: Memory
+    registers: Registers
+    vector: Vector = Vector()
+    power: Annotated[float, Field(ge=0)] = 0.0
+    """Static power in watts."""
+    instruction: Annotated[tuple[Instruction, ...], Field(min_length=1)]
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What a family's tools read (patterns, faults); the device itself does not."""
+
+    @property
+    def area(self) -> float:
+        """The proxy of all instructions' multipliers: those of the largest, for they share them."""
+        return max(i.area for i in self.instruction)
+
+    def target(self) -> Target:
+        """What passes ask: formats, rates and patterns of this device."""
+        rates: dict[tuple[Any, Any], float] = {}
+        for i in self.instruction:
+            key = (in_bytes(i.parsed.x), in_bytes(i.parsed.w))
+            if i.parsed.pattern is None:
+                rates[key] = max(rates.get(key, 0.0), 2 * i.macs / i.cycles * self.clock)
+        gains = []
+        for i in self.instruction:
+            key, nm = (in_bytes(i.parsed.x), in_bytes(i.parsed.w)), i.parsed.pattern
+            if nm is not None:
+                dense = rates.get(key, 2 * i.macs / i.cycles * self.clock * nm.density)
+                gain = min(2 * i.macs / i.cycles * self.clock / dense, 1.5 / nm.density)
+                rates.setdefault(key, dense)
+                gains.append(SparseRate(key[0], nm.keep, nm.group, gain))
+        bytes_per_second = self.activations.bandwidth * self.clock
+        return Target(
+            name=self.name, kind="device", isa="portable", mcpu="none", features=(), vector_bits=64,
+            vector_registers=8, l1_bytes=int(self.activations.size), l2_bytes=int(self.activations.size),
+            l3_bytes=int(self.activations.size), cores=1, memory_bandwidth=self.weights.bandwidth * self.clock,
+            cache_bandwidth=bytes_per_second, vector_ops_per_second=self.clock / self.vector.cycles,
+            launch_seconds=0.0, rates=tuple(Rate(x, w, S32, r) for (x, w), r in rates.items()),
+            sparse=tuple(gains), activation=U8, source=self.source,
+        )  # fmt: skip
+
+
+def parse_device(text: str, place: str = "the device") -> Device:
+    """A device from TOML text; raises :class:`InvalidInput` that names the line of every problem."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise InvalidInput(f"{place} is not TOML: {e}") from e
+    try:
+        device = Device.model_validate(data)
+    except ValidationError as error:
+        problems = [_problem(text, place, e["loc"], e["msg"]) for e in error.errors()]
+        raise InvalidInput("\n".join(problems)) from error
+    from bitwright.codegen.devices.check import problems_of
+
+    if found := problems_of(device):
+        raise InvalidInput("\n".join(_problem(text, place, loc, message) for loc, message in found))
+    return device
+
+
+def load_device(path: str | Path) -> Device:
+    """A device from a TOML file; raises :class:`InvalidInput`."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InvalidInput(f"cannot read the device {path}: {e}") from e
+    return parse_device(text, str(path))
+
+
+def _problem(text: str, place: str, loc: tuple[Any, ...], message: str) -> str:
+    line = _line(text, loc)
+    at = f"{place}:{line}" if line else place
+    return f"{at}: {'.'.join(map(str, loc)) or 'the file'}: {message.removeprefix('Value error, ')}"
+
+
+def _line(text: str, loc: tuple[Any, ...]) -> int:
+    """The line of a key such as ("instruction", 1, "lanes"): of the key, else of its table; 0 when neither is there."""
+    lines = text.splitlines()
+    table = str(loc[0]) if loc else ""
+    nth = loc[1] if len(loc) > 1 and isinstance(loc[1], int) else 0
+    key = next((str(x) for x in reversed(loc[1:]) if isinstance(x, str)), "")
+    heads = [i for i, s in enumerate(lines) if re.match(rf"\s*\[\[?{re.escape(table)}\]\]?\s*(#.*)?$", s)]
+    if not heads:
+        return next((i + 1 for i, s in enumerate(lines) if re.match(rf"\s*{re.escape(table)}\s*=", s)), 0)
+    start = heads[min(nth, len(heads) - 1)]
+    for i in range(start + 1, len(lines)):
+        if re.match(r"\s*\[", lines[i]):
+            break
+        if key and re.match(rf"\s*{re.escape(key)}\s*=", lines[i]):
+            return i + 1
+    return start + 1

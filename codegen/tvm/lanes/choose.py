@@ -18,6 +18,8 @@ _VECTORS = {16: {1: 8, 2: 8, 4: 4}, 8: {1: 8, 2: 4, 4: 2}}
 """Vectors of rows per outputs that share entries, by lanes: a load serves as many products as registers allow."""
 LANES_BYTES = 48 * 1024
 """Activations of a K block (measured: 32 to 48 KiB with a first-level cache of 48)."""
+SHORT_BYTES, SHORT_VECTORS, MOST_VECTORS = 32 * 1024, 4, 8
+"""A reduction so short is not cut: fewer rows leave it in the first-level cache together with their sums."""
 SUMS_BYTES = 256 * 1024
 """Sums of a block of outputs, which stay in the second-level cache."""
 PARTS, FEWEST = 4, 256
@@ -73,13 +75,14 @@ def default_knobs(
 
     A fixed number of entries, if that wastes little, otherwise row pointers. ``shared`` is 1, 2 or 4.
     """
-    lanes = LANES[isa]
-    most = _VECTORS[lanes][shared]
+    lanes, units = LANES[isa], kept.shape[1]
+    short = units * SHORT_VECTORS * lanes * WORD <= SHORT_BYTES
+    most = min(_VECTORS[lanes][shared], SHORT_VECTORS if short else MOST_VECTORS)
     needed = ceil(spec.rows / lanes)
     vectors = ceil(needed / ceil(needed / most))
-    pitch, units = vectors * lanes * WORD, kept.shape[1]
+    pitch = vectors * lanes * WORD
     block = _block(units, max(1, LANES_BYTES // pitch), _period(encoding, quad_of(spec)))
-    outputs = _outputs(spec.cols, pitch, ceil(needed / vectors), lanes * WIDE)
+    outputs = _outputs(spec.cols, pitch, ceil(needed / vectors), lanes * WIDE, block if block == units else 0)
     knobs = LanesKnobs(isa, vectors, shared, block, outputs, (), safe_pairs)
     counts = counts_of(kept, block)
     full = units // block
@@ -111,9 +114,14 @@ def _period(encoding: Encoding | None, quad: int) -> int:
     return 1
 
 
-def _outputs(cols: int, pitch: int, row_blocks: int, step: int) -> int:
-    """Outputs of a task: their sums fit the cache, and there are a few tasks (an even number) where rows give few."""
-    parts = ceil(cols * pitch / SUMS_BYTES)
+def _outputs(cols: int, pitch: int, row_blocks: int, step: int, block: int) -> int:
+    """Outputs of a task: their sums fit a cache, and there are a few tasks (an even number) where rows give few.
+
+    ``block``: units of the only K block, or 0 if there are several: their activations are read again for every block
+    of outputs, so the fewer of these the better; one K block leaves them in the first-level cache beside few sums.
+    """
+    room = max(step * pitch, LANES_BYTES - block * pitch) if block else SUMS_BYTES
+    parts = ceil(cols * pitch / room)
     if row_blocks < PARTS:
         wanted = min(ceil(PARTS / row_blocks), cols // FEWEST)
         parts = max(parts, wanted - wanted % 2)

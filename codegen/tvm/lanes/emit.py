@@ -287,11 +287,5 @@ class _Writer:
             base = b.index(row + r * lanes)
             with b.loop(minimum(lanes, shape.spec.rows - base), name="row") as i:
                 line = b.index(tile + i * wide)
-                here = b.index(base + i)
-                whole, tail = divmod(valid, lanes)
-                with b.loop(whole, name="part") as p:
-                    value = b.let(b.load(sums, line + p * lanes, lanes))
-                    self.epilogue.store(b, self.pointers, value, here, b.index(first + col + p * lanes), lanes)
-                if tail:
-                    value = b.let(b.load(sums, line + whole * lanes, lanes))
-                    self.epilogue.store(b, self.pointers, value, here, first + col + whole * lanes, tail)
+                values = [b.let(b.load(sums, line + p * lanes, lanes)) for p in range(count)]
+                self.epilogue.store_row(b, self.pointers, values, b.index(base + i), first + col, valid)

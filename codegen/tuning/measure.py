@@ -1,0 +1,273 @@
+"""Measuring one candidate beside the default kernel, in a process that may hang or crash; needs NumPy and ctypes only.
+
+The candidate's results are compared with the reference before its time counts. Each candidate gets a process of its
+own (a fork of this one): one that writes where it should not spoils nobody else's measurement.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import select
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.codegen.tuning.records import Status
+from bitwright.codegen.tuning.worker import die_with_parent, limit_memory
+
+Array = NDArray[Any]
+Bytes = NDArray[np.uint8]
+MOST_ARGUMENTS = 40
+"""Pointers that the repeating loop passes (a kernel takes as many of them as it knows)."""
+REPEAT_C = f"""
+#include <stdint.h>
+#define N {MOST_ARGUMENTS}
+typedef void (*kernel)(int32_t, int32_t, {", ".join(["void*"] * MOST_ARGUMENTS)});
+void bw_repeat(kernel f, int32_t tasks, void** sets, int32_t copies, int32_t calls) {{
+  for (int32_t i = 0; i < calls; i++) {{
+    void** a = sets + (i % copies) * N;
+    f(0, tasks, {", ".join(f"a[{i}]" for i in range(MOST_ARGUMENTS))});
+  }}
+}}
+"""
+_GUARD = 256
+_FILL = 0xA5
+_COPIES_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel linked alone: library, name, tasks, where each pointer comes from (kind, index), packed constants."""
+
+    library: bytes
+    symbol: str
+    tasks: int
+    scratch_bytes: int
+    args: tuple[tuple[str, int], ...]
+    packed: tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Values of all inputs of the body, and what the reference makes of them."""
+
+    inputs: tuple[Array, ...]
+    outputs: tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure: a candidate and the default kernel, which serves as the clock against drift.
+
+    ``tolerance``: largest error of float results relative to the largest value; 0.0 asks for equal bits, as integers
+    are always asked. ``codes``: integer results computed from floats may differ by one step in one of a thousand.
+    ``cold_bytes``: the constants are rotated through so many bytes, as the layers of a model displace each other's.
+    ``seconds``: after so long the candidate counts as hung. ``memory``: bytes it may take.
+    """
+
+    candidate: Code
+    default: Code
+    repeat: bytes
+    cases: tuple[Case, ...]
+    tolerance: float = 0.0
+    codes: bool = False
+    rounds: int = 15
+    sample_seconds: float = 0.003
+    cold_bytes: int = 0
+    seconds: float = 30.0
+    memory: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request; times are seconds of one call, ``ratio`` the median of those of the rounds."""
+
+    status: Status
+    reason: str = ""
+    seconds: float = 0.0
+    default_seconds: float = 0.0
+    ratio: float = 0.0
+    rounds: int = 0
+
+
+def measured(request: Request) -> Outcome:
+    """Measure in a fork of this process and watch it: a hang, a crash or a lack of memory is an outcome."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _child(request, writer)
+    os.close(writer)
+    end, data = time.monotonic() + request.seconds, b""
+    timed_out = False
+    with os.fdopen(reader, "rb", buffering=0) as stream:
+        while True:
+            if not select.select([stream], [], [], max(0.0, end - time.monotonic()))[0]:
+                timed_out = True
+                os.kill(child, signal.SIGKILL)
+                break
+            part = stream.read(1 << 16)
+            if not part:
+                break
+            data += part
+    _, status = os.waitpid(child, 0)
+    if timed_out:
+        return Outcome("timeout", f"no result within {request.seconds:.0f} s")
+    if os.WIFSIGNALED(status):
+        return Outcome("crash", f"the kernel died of {signal.Signals(os.WTERMSIG(status)).name}")
+    if not data:
+        return Outcome("crash", f"the kernel ended the process with exit code {os.waitstatus_to_exitcode(status)}")
+    outcome: Outcome = pickle.loads(data)
+    return outcome
+
+
+def _child(request: Request, writer: int) -> None:
+    """Measure, answer, and leave without running anybody's exit handlers."""
+    code = 1
+    try:
+        die_with_parent()
+        limit_memory(request.memory)
+        try:
+            outcome = check_and_time(request)
+        except MemoryError:
+            outcome = Outcome("memory", f"more than {request.memory >> 20} MB")
+        except OSError as error:
+            outcome = Outcome("crash", f"the kernel cannot be loaded: {error}")
+        with os.fdopen(writer, "wb") as stream:
+            stream.write(pickle.dumps(outcome))
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def check_and_time(request: Request) -> Outcome:
+    """Compare with the reference on every case, then time in interleaved rounds."""
+    case = request.cases[0]
+    candidate = _Bound(request.candidate, case, request)
+    for number, one in enumerate(request.cases):
+        if why := candidate.check(one, request):
+            return Outcome("wrong", f"inputs {number}: {why}")
+    default = _Bound(request.default, case, request)
+    repeat = _open(request.repeat).bw_repeat
+    repeat.restype = None
+    runs = [candidate.sampler(repeat, request.sample_seconds), default.sampler(repeat, request.sample_seconds)]
+    times: tuple[list[float], list[float]] = ([], [])
+    for n in range(request.rounds):
+        for which in (0, 1) if n % 2 else (1, 0):
+            times[which].append(runs[which]())
+    ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
+    return Outcome("ok", "", statistics.median(times[0]), statistics.median(times[1]), ratio, request.rounds)
+
+
+class _Bound:
+    """A loaded kernel with guarded buffers for its arguments, constants in as many copies as are rotated."""
+
+    def __init__(self, code: Code, case: Case, request: Request) -> None:
+        self.code = code
+        self.call = getattr(_open(code.library), code.symbol)
+        self.call.restype = None
+        self.inputs = [_guarded(a) for a in case.inputs]
+        self.outputs = [_guarded(a) for a in case.outputs]
+        self.scratch = _guarded(np.full(code.scratch_bytes, 0xFF, np.uint8))
+        size = max(1, sum(a.nbytes for a in code.packed))
+        copies = min(-(-request.cold_bytes // size), _COPIES_BYTES // size, 256) if code.packed else 1
+        self.packed = [[_guarded(a) for a in code.packed] for _ in range(max(1, copies))]
+
+    def pointers(self, copy: int) -> list[int]:
+        """Addresses in the order of the kernel's arguments."""
+        where = {"input": self.inputs, "output": self.outputs, "packed": self.packed[copy]}
+        found = [where[kind][index][1].ctypes.data for kind, index in self.code.args]
+        return found + ([self.scratch[1].ctypes.data] if self.code.scratch_bytes else [])
+
+    def check(self, case: Case, request: Request) -> str:
+        """Run the tasks in two ranges and compare; why the results are wrong, or the empty string."""
+        for (_, view), given in zip(self.inputs, case.inputs, strict=True):
+            view[...] = given
+        for _, view in self.outputs:
+            view.view(np.uint8).reshape(-1)[...] = _FILL
+        pointers = [ctypes.c_void_p(p) for p in self.pointers(0)]
+        middle = self.code.tasks // 2
+        for begin, end in ((0, middle), (middle, self.code.tasks)):
+            if begin < end:
+                self.call(begin, end, *pointers)
+        for (_, view), given in zip(self.inputs, case.inputs, strict=True):
+            if view.tobytes() != np.ascontiguousarray(given).tobytes():
+                return "it changed an input"
+        for (_, view), held in zip(self.packed[0], self.code.packed, strict=True):
+            if view.tobytes() != np.ascontiguousarray(held).tobytes():
+                return "it changed its weights"
+        for raw, view in [*self.inputs, *self.outputs, *self.packed[0], self.scratch]:
+            start = view.ctypes.data - raw.ctypes.data
+            if (raw[:start] != _FILL).any() or (raw[start + view.nbytes :] != _FILL).any():
+                return "it wrote outside its buffers"
+        pairs = zip(self.outputs, case.outputs, strict=True)
+        return next(
+            filter(None, (difference(got[1], want, request.tolerance, request.codes) for got, want in pairs)), ""
+        )
+
+    def sampler(self, repeat: Any, seconds: float) -> Callable[[], float]:
+        """A function that gives seconds a call over one sample: of the thread's processor time if that is less."""
+        addresses: list[int] = []
+        for copy in range(len(self.packed)):
+            here = self.pointers(copy)
+            addresses += [*here, *[0] * (MOST_ARGUMENTS - len(here))]
+        sets = (ctypes.c_void_p * len(addresses))(*addresses)
+        function = ctypes.cast(self.call, ctypes.c_void_p)
+
+        def run(calls: int) -> float:
+            own, wall = time.thread_time(), time.perf_counter()
+            repeat(function, self.code.tasks, sets, len(self.packed), calls)
+            wall = time.perf_counter() - wall
+            return min(wall, max(time.thread_time() - own, 1e-9)) / calls
+
+        once = run(max(2, len(self.packed)))
+        calls = max(1, round(seconds / max(once, 1e-8)))
+        return lambda: run(calls)
+
+
+def difference(got: Array, want: Array, tolerance: float, codes: bool) -> str:
+    """How results differ from the reference; the empty string if they do not beyond what is allowed."""
+    if want.dtype.kind in "iub":
+        wrong = got != want
+        share = np.count_nonzero(wrong) / max(1, want.size)
+        if codes and want.dtype.kind in "iu" and share <= 1e-3:
+            wrong = np.abs(got.astype(np.int64) - want.astype(np.int64)) > 1
+        return f"{np.count_nonzero(wrong)} of {want.size} integers differ" if wrong.any() else ""
+    a, b = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    finite = np.isfinite(b)
+    same = (np.isnan(a) & np.isnan(b)) | (a == b)
+    if not same[~finite].all():
+        return "NaN or infinity in other places"
+    if not finite.any():
+        return ""
+    if not np.isfinite(a[finite]).all():
+        return "NaN or infinity where the reference is finite"
+    error, largest = float(np.abs(a - b)[finite].max()), float(np.abs(b[finite]).max())
+    return f"largest error {error:.3g} beside values up to {largest:.3g}" if error > tolerance * largest else ""
+
+
+def _guarded(array: Array) -> tuple[Bytes, Array]:
+    """A copy on a cache line of its own with guard bytes around it: the whole buffer, and the view of the values."""
+    array = np.asarray(array)
+    raw = np.full(array.nbytes + 3 * _GUARD, _FILL, np.uint8)
+    start = -raw.ctypes.data % 64 + _GUARD
+    view = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return raw, view
+
+
+def _open(library: bytes) -> ctypes.CDLL:
+    """Load a shared library that is given as bytes."""
+    descriptor = os.memfd_create("bitwright-candidate")
+    view, written = memoryview(library), 0
+    while written < len(view):
+        written += os.write(descriptor, view[written:])
+    return ctypes.CDLL(f"/proc/self/fd/{descriptor}", mode=os.RTLD_NOW | os.RTLD_LOCAL)

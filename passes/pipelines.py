@@ -14,6 +14,7 @@ RECIPES: Mapping[str, str] = {
     "none": "",
     "float": "",
     "int8": "observe-ranges, quantize-int8, lower-attention",
+    "bf16": "lower-contractions, lower-attention",
     "sparse": "nm-mask{pattern=2:4}, reconstruct",
     "sparse-int8": "nm-mask{pattern=2:4}, reconstruct, observe-ranges, quantize-int8, lower-attention",
     "transposable": "transposable-mask{pattern=4:8}, reconstruct",

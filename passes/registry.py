@@ -47,6 +47,7 @@ PASSES: Mapping[str, str] = {
     "observe-accumulators": "accumulators.observe_accumulators:ObserveAccumulators",
     "constrain-weights": "accumulators.constrain_weights:ConstrainWeights",
     "small-float-sums": "accumulators.small_float_sums:SmallFloatSums",
+    "lower-contractions": "lowering.lower_contractions:LowerContractions",
     "lower-attention": "lowering.lower_attention:LowerAttention",
     "channels-last": "lowering.channels_last:ChannelsLast",
     "fold-views": "lowering.fold_views:FoldViews",

@@ -49,11 +49,9 @@ class ContractConfig(Config):
 
 
 def root_of(body: Graph) -> Node | None:
-    """The body's only contraction, if its first computing node is one and the rest is pointwise."""
-    computing = [n for n in body.nodes if not isinstance(n.op, ops.Constant)]
-    if not computing or not isinstance(computing[0].op, ops.CONTRACTION):
-        return None
-    return computing[0] if all(isinstance(n.op, ops.POINTWISE) for n in computing[1:]) else None
+    """The body's only contraction, if the rest is pointwise."""
+    computing = [n for n in body.nodes if not isinstance(n.op, (ops.Constant, *ops.POINTWISE))]
+    return computing[0] if len(computing) == 1 and isinstance(computing[0].op, ops.CONTRACTION) else None
 
 
 class Contract(Template):
@@ -72,7 +70,7 @@ class Contract(Template):
             return Refused("its sums are small floats, rounded one by one in a fixed order")
         position = {v.name: i for i, v in enumerate(body.inputs)}
         if any(x not in position for x in root.inputs):
-            return Refused("an operand of the contraction is a literal")
+            return Refused("an operand of the contraction is a literal, or computed in the same kernel")
         plain = _spec_of(body, root, constants)
         if isinstance(plain, Refused):
             return plain

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitwright import cli_advise, cli_targets
+from bitwright import cli_advise, cli_compare, cli_targets
 from bitwright.cli_options import Calibration, Compiled, Input, Model, Recipe, TargetName, Threads
 from bitwright.cli_options import load as _load
 from bitwright.cli_options import progress as _progress
@@ -297,6 +297,7 @@ def mask(
 
 app.add_typer(cli_targets.app)
 app.command()(cli_targets.simulate)
+app.command()(cli_compare.compare)
 
 
 @app.command()

@@ -194,11 +194,20 @@ class Files:
             )
 
             options = {"block_size": group, "is_symmetric": True, "accuracy_level": 4}
-            quantizer = q.MatMulNBitsQuantizer(onnx.load(str(self.opset14())), **options)
+            quantizer = q.MatMulNBitsQuantizer(onnx.load(str(self._with_matmuls())), **options)
             quantizer.process()
+            if not any(n.op_type == "MatMulNBits" for n in quantizer.model.model.graph.node):
+                raise ValueError("the file has no MatMul to quantize")
             quantizer.model.save_model_to_file(str(path))
 
-        return self._made(f"int4-{group}.onnx", make)
+        return self._made(f"int4-{group}-nbits.onnx", make)
+
+    def _with_matmuls(self) -> Path:
+        """torch's older exporter writes a linear layer without bias as MatMul, the newer one as Gemm."""
+        try:
+            return self.opset14()
+        except Exception:  # it does not know every operator
+            return self.float32()
 
     def int4_openvino(self, group: int = 128) -> Path | None:
         """nncf's weight compression; None without an interpreter that has it."""
@@ -207,7 +216,7 @@ class Files:
             return None
 
         def make(path: Path) -> None:
-            line = [python, "-c", INT4, str(self.opset14()), str(path), str(group)]
+            line = [python, "-c", INT4, str(self._with_matmuls()), str(path), str(group)]
             subprocess.run(line, check=True, capture_output=True)
 
         return self._made(f"int4-{group}.xml", make)

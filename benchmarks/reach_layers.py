@@ -123,8 +123,10 @@ def avx2_rows(run: Run) -> Found:
     return rows, {x: times.median(x) for x in times.rounds} | {"missing": missing}
 
 
-LOW = {"4-bit": "quantize-weights{bits=4 group=128}", "2-bit": "quantize-weights{bits=2 group=128}",
-       "ternary": "quantize-weights{bits=ternary}"}  # fmt: skip
+LOW = {
+    "4-bit": "weight-only{group=128}", "2-bit": "weight-only{bits=2 group=128}",
+    "ternary": "weight-only{bits=ternary group=0}",
+}  # fmt: skip
 GGML = (
     Quoted("ggml q4_K, cold", 0.347, ("ort int4",), 0.467),
     Quoted("ggml tq2_0, cached", 0.218, ("ort int4",), 0.112),

@@ -12,8 +12,8 @@ import engines
 import footprint
 import models
 import peers
-from claims import Claim, Group, Row
-from reach import Found, Run, compiled, int8_peers, measured
+from claims import Claim, Group, Quoted, Row
+from reach import Found, Run, compiled, int8_peers, measured, ready
 
 import bitwright as bw
 
@@ -65,17 +65,52 @@ def model_rows(run: Run) -> Found:
         group = field(name, models.subject(name), claims, run, missing)
         rows += [group.settle(c) for c in claims]
         kept[name] = medians(group)
-    return [*rows, *(r for r in decoder_rows())], kept
+    return rows, kept
 
 
 def medians(group: Group) -> dict[str, Any]:
     return {n: group.times.median(n) for n in group.times.rounds} | {"missing": dict(group.missing)}
 
 
-def decoder_rows() -> list[Row]:
-    """The Llama-like slice is the work of ``decoder.py``; its results are quoted where they exist."""
-    work = "Llama-like, 2 layers (2048/5632): decode 4-bit, 2-bit; prefill int8"
-    return [Row(work, "", "", None, None, None, None, 1.2, 1.5, None, "python benchmarks/decoder.py measures it")]
+def decoder_rows(run: Run) -> Found:
+    """Two layers like Llama's: a token against 127 others, a prompt of 128."""
+    import decoder
+
+    rows: list[Row] = []
+    kept: dict[str, Any] = {}
+    low = ("ort int4", "openvino int4")
+    claims = {
+        "decode": [
+            Claim("Llama-like decode, 4-bit", "ours 4-bit", low, 1.2, 1.5),
+            Claim("Llama-like decode, 2-bit", "ours 2-bit", ("llama.cpp tq2_0",), 1.5, 2.2),
+            Claim("Llama-like decode, 4-bit 2:4", "ours 4-bit 2:4", low, 1.2, 2.0),
+        ],
+        "prefill": [
+            Claim("Llama-like prefill, int8", "ours int8", ("openvino int8", "ort int8"), 1.1, 1.2),
+            Claim("Llama-like prefill, 8-bit weights", "ours 8-bit", ("openvino int8", "ort int8"), 1.1, 1.2),
+        ],
+    }
+    for part, these in claims.items():
+        print(f"decoder, {part}", flush=True)
+        it, missing = decoder.subject(part, 128), dict[str, str]()
+        it.calibration = [tuple(it.arrays)]
+        recipes = decoder.DECODE if part == "decode" else decoder.PREFILL | {"ours int8": "int8"}
+        ours = [compiled(name, it, recipe, missing) for name, recipe in recipes.items()]
+        files = peers.Files(it)
+        if part == "decode":
+            more = {"more": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}}
+            others = ready([
+                ("ort int4", "onnxruntime", files.int4_onnxruntime, {}),
+                ("openvino int4", "openvino", files.int4_openvino, more),
+            ], it, [run.core])  # fmt: skip
+        else:
+            others = int8_peers(it, files, [run.core], deepsparse=False)
+        times = measured(ours, others, missing, dataclasses.replace(run, seconds=0.05))
+        quoted = [Quoted("llama.cpp tq2_0", 1.434, ("ort int4",), 1.748)]
+        group = Group(times, missing=missing, quoted=quoted)
+        rows += [group.settle(c) for c in these]
+        kept[part] = medians(group)
+    return rows, kept
 
 
 def batch_rows(run: Run) -> Found:

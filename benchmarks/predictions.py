@@ -30,6 +30,7 @@ import peers
 import tables
 
 import bitwright as bw
+from bitwright.advice import CAUTION
 from bitwright.codegen.cost import cost_of, working_set
 from bitwright.codegen.targets import resolve
 from bitwright.ir.graph import Graph
@@ -166,6 +167,22 @@ def summary(records: Sequence[Record], target: Target) -> list[list[str]]:
     return rows
 
 
+def promises(records: Sequence[Record], target: Target) -> list[tuple[float, float, Record]]:
+    """(promised, measured) speed-up of every layer with a pattern over the same layer in dense int8.
+
+    Layers are paired by model and name; a promise is a predicted gain times ``advice.CAUTION``.
+    """
+    dense = {(r.model, r.layer): r for r in records if r.recipe == "int8" and r.contraction}
+    out = []
+    for r in records:
+        base = dense.get((r.model, r.layer))
+        if base is None or not r.contraction or " " not in r.recipe or not r.sparse:
+            continue
+        gain = predicted(base, target) / predicted(r, target)
+        out.append((gain * CAUTION if gain > 1 else gain, base.seconds / r.seconds, r))
+    return out
+
+
 def lines(records: Sequence[Record], target: Target) -> list[list[str]]:
     """One line per contraction."""
     return [
@@ -211,7 +228,8 @@ def main() -> None:
     args = parser.parse_args()
     args.core = tables.last_core() if args.core is None else args.core
     target = resolve("host")
-    records = distinct(measure(args))
+    found = measure(args)
+    records = distinct(found)
     if args.fit:
         seen, unseen = records[::2], records[1::2]
         target = fitted(seen, target)
@@ -225,7 +243,16 @@ def main() -> None:
     text = tables.heading("Predicted against measured, layer by layer", env, "One thread, batch 1, untuned.")
     text += f"\n- {len(contractions)} distinct contractions: median |error| {middle:.1%} (at most {MOST:.0%}): "
     text += f"{tables.verdict(middle <= MOST)}\n\n"
-    text += tables.markdown(["", "layers", "median |error|", "90 %"], summary(records, target)) + "\n"
+    told = promises(found, target)
+    denied = [(p, m, r) for p, m, r in told if p > 1.1 and p > 1.1 * m]
+    text += (
+        f"- {len(told)} patterns over dense int8: {len(denied)} promised gains above 1.1x are denied by more than a "
+    )
+    text += f"tenth: {tables.verdict(not denied)}\n"
+    text += "".join(
+        f"  - {r.model}, {r.recipe}, {r.layer}: promised {p:.2f}x, measured {m:.2f}x\n" for p, m, r in denied
+    )
+    text += "\n" + tables.markdown(["", "layers", "median |error|", "90 %"], summary(records, target)) + "\n"
     text += tables.markdown(
         ["program", "layer", "operators", "us", "predicted us", "error"], lines(contractions, target)
     )

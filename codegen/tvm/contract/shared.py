@@ -7,7 +7,7 @@ scratch, then every panel of the block passes over them. Where one panel is the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -83,7 +83,8 @@ class Shared:
 def shared_of(spec: ContractSpec, knobs: Knobs) -> Shared:
     """Resolve the compaction and the dense product behind it; raises where a spec has none."""
     made = compaction(spec, knobs.isa)
-    found = Shared(spec, knobs, made, contraction(dense_spec(spec, made, spec.cols // spec.groups), knobs))
+    dense = contraction(dense_spec(spec, made, spec.cols // spec.groups), replace(knobs, prefetch=False))
+    found = Shared(spec, knobs, made, dense)
     if made.outputs % found.panel_cols:
         raise InvalidInput(f"panels of {found.panel_cols} outputs do not divide blocks of {made.outputs}")
     return found

@@ -183,8 +183,8 @@ def main() -> None:
                 checks.append((f"{r['workload']}: {beaten}, at least {want}x", r["over_recorded"] >= want))
         ort = f"{r['ort'] * 1e3:.4f} ({r['gain']:.2f}x)" if r["ort"] else ""
         lines.append([
-            r["workload"], f"{r['bytes'] / 1e6:.2f}", f"{r['seconds'] * 1e3:.4f}", f"{r['best'] * 1e3:.4f}", ort, beaten,
-            f"{r['bandwidth']:.0%}", f"{r['peak']:.0%}",
+            r["workload"], f"{r['bytes'] / 1e6:.2f}", f"{r['seconds'] * 1e3:.4f}", f"{r['best'] * 1e3:.4f}", ort,
+            beaten, f"{r['bandwidth']:.0%}", f"{r['peak']:.0%}",
         ])  # fmt: skip
     heads = ["layer", "MB", "ms", "best ms", "ort ms", "over recorded", "of bandwidth", "of peak"]
     text = tables.heading(f"Weights with group scales, {target.isa}", env)

@@ -228,6 +228,8 @@ def minilm_rows(subject: Subject) -> Rows:
         if rounding != "adaquant":
             grouped = then(plain, f"quantize-weights{{bits=4 group=64 rounding={rounding}}}")
             rows.add(f"weights alone, int4 in groups of 64, {rounding}", *grouped)
+            found = then(grouped, "dynamic-quantize")
+            rows.add(f"the same, activations s8 by row at run time, {rounding}", *found, run=rounding == "gptq")
     ranged = start(subject, "observe-ranges")
     mixed(rows, (ranged[0], replace(ranged[1], calibration=ranged[1].calibration[:1])), "s8|s4", "W4/W8, A8", "")
     return rows

@@ -205,6 +205,7 @@ def _matmul_nbits(c: Call) -> Val:
     """Packed 2-, 4- or 8-bit weights [O, blocks, bytes] in blocks along K: a Dequantize and a Linear."""
     a, scale = c.x(0), c.x(2)
     k, out, bits, block = c.int_("K"), c.int_("N"), c.int_("bits", 4), c.int_("block_size", 32)
+    c.int_("accuracy_level")  # how coarse activations may be: a permission, which dynamic-quantize makes use of
     if bits not in (2, 4, 8) or not 1 <= k <= 1 << 24 or not 1 <= out <= 1 << 24 or block < 16:
         raise c.refuse(f"weights of {bits} bits, K={k}, N={out}, block_size={block}")
     if c.value(4) is not None:

@@ -164,7 +164,7 @@ class Manifest(_Frozen):
     ``batch``: the batch symbol, empty when all shapes are static. ``chunks``: the row counts the program has
     code for. ``input_alignment``: bytes the kernels want inputs aligned to (1: natural alignment of the
     elements). ``input_padding``: bytes the kernels may read behind an input. ``certificates``: one for each integer
-    contraction.
+    contraction. ``tuning``: the tuning record that each tuned layer's kernel was chosen by.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -185,6 +185,7 @@ class Manifest(_Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
     steps: tuple[StepRow, ...] = ()
     certificates: tuple[Certificate, ...] = ()
+    tuning: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bitwright.ir.target import Target
     from bitwright.runtime.program import Program
     from bitwright.training import sparse_training
+    from bitwright.tuning import tune
 
 _LAZY = {
     **{
@@ -56,6 +57,7 @@ _LAZY = {
     "constrained_training": "bitwright.a2q_training",
     "small_float_training": "bitwright.float_training",
     "sparse_training": "bitwright.training",
+    "tune": "bitwright.tuning",
 }
 
 
@@ -89,5 +91,6 @@ __all__ = [
     "small_float_training",
     "sparse_training",
     "to_onnx",
+    "tune",
     "verify",
 ]

@@ -6,6 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from bitwright.codegen.build import Built, Kernel, build, nbytes_of
 from bitwright.codegen.cache import Cache
 from bitwright.codegen.cost import cost_of, working_set
 from bitwright.codegen.targets.machine import cpu_name
+from bitwright.codegen.tuning.records import Database
 from bitwright.comparison import results_of
 from bitwright.errors_by_layer import Measured, measure_layers
 from bitwright.ir import ops
@@ -69,6 +71,7 @@ def assemble(
     measure: bool = False,
     began: float = 0.0,
     price: Price | None = None,
+    records: str | Path | None = None,
 ) -> Program:
     """Compile ``graph`` for ``target``; see :func:`bitwright.compile` for the arguments and errors."""
     refuse_broken(graph)
@@ -81,13 +84,17 @@ def assemble(
     rows = batch if symbol else 1
     row_bytes = [_row_bytes(t, rows) if symbol else 0 for t in _port_types(bound)]
     split = len(bound.inputs)
-    built = build(
-        bound, target, rows=rows, row_inputs=row_bytes[:split], row_outputs=row_bytes[split:],
-        cache=cache, workers=workers, progress=progress,
-    )  # fmt: skip
+    with Database(Path(records), write=False) if records is not None else nullcontext() as tuned:
+        built = build(
+            bound, target, rows=rows, row_inputs=row_bytes[:split], row_outputs=row_bytes[split:],
+            cache=cache, workers=workers, progress=progress, records=tuned,
+        )  # fmt: skip
     errors = measure_layers(graph, done.quantized, calibration, done.context.calibration)
     report = report_of(graph, target, built.kernels, built.graph, done, errors)
     report.notes += [*notes, *built.notes]
+    if records is not None:
+        tuned_kernels = sum(bool(k.record) for k in built.kernels)
+        report.notes.append(f"{tuned_kernels} of {len(built.kernels)} kernels were chosen by tuning records")
     report.figures = {
         "compile_seconds": time.perf_counter() - began if began else None,
         "kernels_compiled": float(built.compiled),
@@ -102,7 +109,8 @@ def assemble(
     for row in report.layers:
         row.accumulator = "; ".join(str(c) for c in proofs if c.step == row.name)
     manifest = _manifest(graph, bound, target, built, symbol, rows, threads, results)
-    manifest = manifest.model_copy(update={"certificates": proofs})
+    chosen = {k.node.output: k.record for k in built.kernels if k.record}
+    manifest = manifest.model_copy(update={"certificates": proofs, "tuning": chosen})
     contents = Contents(manifest, show(built.graph), built.library, built.weights, report.to_json())
     program = Program(contents, threads=threads)
     return with_measured(program, example_inputs(program, done.context.calibration)) if measure else program

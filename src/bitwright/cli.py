@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitwright import cli_advise, cli_compare, cli_targets
+from bitwright import cli_advise, cli_compare, cli_targets, cli_tune
 from bitwright.cli_options import Calibration, Compiled, Input, Model, Recipe, TargetName, Threads
 from bitwright.cli_options import load as _load
 from bitwright.cli_options import progress as _progress
@@ -70,6 +70,7 @@ def compile_command(
     ] = "",
     dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this folder.")] = None,
     measure: Annotated[bool, typer.Option(help="Time every layer once compiled.")] = True,
+    db: Annotated[Path | None, typer.Option("--db", help="Tuning database to take measured kernels from.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
     flash: Annotated[str, typer.Option(help="Of --target c: bytes of code and constants there are, as 256K.")] = "",
     ram: Annotated[str, typer.Option(help="Of --target c: bytes of static memory there are, as 64K.")] = "",
@@ -97,7 +98,7 @@ def compile_command(
         common: dict[str, Any] = {"target": target, "recipe": recipe, "calibration": data, "batch": batch}
         common |= {"sizes": cli_io.sizes(size), "dump": dump, "budget": budget, "progress": progress}
         program = sources(graph, model.stem, common) if sources else driver.compile(
-            graph, threads=threads, measure=measure, **common
+            graph, threads=threads, measure=measure, records=db, **common
         )  # fmt: skip
         program.save(out)
     cli_show.print_report(program.report, with_passes=False)
@@ -298,6 +299,7 @@ def mask(
 app.add_typer(cli_targets.app)
 app.command()(cli_targets.simulate)
 app.command()(cli_compare.compare)
+app.command()(cli_tune.tune)
 
 
 @app.command()

@@ -193,6 +193,7 @@ def compile(
     progress: Progress | None = None,
     measure: bool = False,
     budget: str = "",
+    records: str | Path | None = None,
 ) -> Program:
     """Compile a model into a :class:`Program`.
 
@@ -201,8 +202,9 @@ def compile(
     ``calibration``: inputs for passes that need them, or ``"synthetic"`` for inputs made from the statistics of the
     model's batch norms. ``batch``: rows computed at once of a model with a symbolic
     batch (any number may be passed to the program); ``sizes`` fixes symbols. ``budget``, such as ``"size=0.16"`` or
-    ``"latency=0.5"``, is that of the recipe's ``assign-precision``. Raises :class:`Unsupported` with every
-    problem at once, :class:`InvalidInput` for bad arguments.
+    ``"latency=0.5"``, is that of the recipe's ``assign-precision``. ``records``: a tuning database to take
+    measured kernels from. Raises :class:`Unsupported` with every problem at once, :class:`InvalidInput` for bad
+    arguments.
     """
     from bitwright.assemble import assemble
     from bitwright.prices import Prices
@@ -213,11 +215,11 @@ def compile(
     if machine.kind == "device":
         how = "bitwright.compile_c writes sources" if machine.name == "c" else "bitwright.simulate runs models on it"
         raise InvalidInput(f"target {machine.name} loads no programs: {how}")
-    graph, recipe, calibration = _request(model, recipe, calibration, example_inputs, batch, sizes, budget)
+    graph, recipe, calibration = prepared(model, recipe, calibration, example_inputs, batch, sizes, budget)
     return assemble(
         graph, machine, recipe, batches(calibration), threads=threads, batch=batch, dump=dump,
         cache=Cache(cache_dir), workers=workers, progress=progress, measure=measure, began=began,
-        price=Prices(machine),
+        price=Prices(machine), records=records,
     )  # fmt: skip
 
 
@@ -240,7 +242,7 @@ def compile_c(
     from bitwright.c_program import assemble_c
 
     machine = resolve(target)
-    graph, recipe, calibration = _request(model, recipe, calibration, example_inputs, batch, sizes, budget)
+    graph, recipe, calibration = prepared(model, recipe, calibration, example_inputs, batch, sizes, budget)
     return assemble_c(
         graph, machine, recipe, batches(calibration), batch=batch, dump=dump, progress=progress, name=name
     )
@@ -267,11 +269,11 @@ def simulate(
     from bitwright.simulation import simulate_graph
 
     found = find_device(device)
-    graph, recipe, calibration = _request(model, recipe, calibration, example_inputs, batch, sizes, budget)
+    graph, recipe, calibration = prepared(model, recipe, calibration, example_inputs, batch, sizes, budget)
     return simulate_graph(graph, found, recipe, batches(calibration), inputs, batch)
 
 
-def _request(
+def prepared(
     model: Any, recipe: Recipe, calibration: Any, example: Any, batch: int, sizes: Mapping[str, int] | None, budget: str
 ) -> tuple[Graph, Recipe, Any]:
     """The graph, recipe and calibration data of a compilation, checked."""

@@ -1,0 +1,171 @@
+"""``bitwright.tune``: measure variants of a model's kernels, remember the fastest, and say what the model gained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitwright.assemble import assemble, batch_symbol, fit_batches
+from bitwright.assemble import example_inputs as made_up_inputs
+from bitwright.codegen.cache import Cache
+from bitwright.codegen.targets import resolve
+from bitwright.codegen.targets.machine import cpu_name
+from bitwright.codegen.tuning.bench import LocalBench
+from bitwright.codegen.tuning.records import Database
+from bitwright.codegen.tuning.search import Goal, Search, State
+from bitwright.codegen.tuning.tasks import tasks_of
+from bitwright.codegen.tuning.workload import target_key
+from bitwright.driver import Recipe, batches, prepared
+from bitwright.ir.errors import BitwrightError, InvalidInput
+from bitwright.ir.graph import Graph
+from bitwright.ir.infer import bind_graph
+from bitwright.ir.target import Target
+from bitwright.pipeline import lower
+from bitwright.runtime.bench import Ratio, measure
+from bitwright.runtime.native import check_host
+
+ROUNDS = 25
+Told = Callable[[State, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TunedLayer:
+    """One workload: its first layer's name, the default template, share of the predicted run time, candidates that
+    were measured and that failed, the default's seconds a call, the best ratio and the record it comes from."""
+
+    name: str
+    template: str
+    share: float
+    measured: int
+    failed: int
+    seconds: float
+    ratio: float
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What tuning found: a row per workload, and the whole model's seconds a call untuned and tuned, measured in the
+    same interleaved rounds; ``ratio`` is tuned over untuned."""
+
+    database: Path
+    rows: tuple[TunedLayer, ...]
+    before: float
+    after: float
+    ratio: Ratio
+    tried: int
+
+
+def tune(
+    model: Any,
+    *,
+    records: str | Path = "tuning.sqlite",
+    minutes: float = 10.0,
+    target: str | Target = "host",
+    recipe: Recipe = "float",
+    calibration: Any = None,
+    example_inputs: Any = None,
+    batch: int = 1,
+    sizes: Mapping[str, int] | None = None,
+    budget: str = "",
+    jobs: int | None = None,
+    seed: int | None = None,
+    workers: str = "local",
+    told: Told | None = None,
+) -> Tuned:
+    """Tune the kernels of ``model`` for ``minutes`` into the database ``records``; arguments as of ``compile``.
+
+    ``jobs``: compile workers (one per core); ``workers``: ``"local"`` or ``"ray"``; ``seed`` draws inputs and
+    candidates (default: the time). Interrupt it at any time: every measurement is kept at once and not made again.
+    Then compile with ``records=``. Raises :class:`BitwrightError` with the reasons when nothing could be measured,
+    :class:`InvalidInput` for a target that this machine cannot run.
+    """
+    if not minutes >= 0:
+        raise InvalidInput(f"minutes must be 0 or more, not {minutes}")
+    machine = resolve(target)
+    _refuse_foreign(machine, workers)
+    graph, recipe, calibration = prepared(model, recipe, calibration, example_inputs, batch, sizes, budget)
+    data = fit_batches(graph, batches(calibration))
+    symbol, _ = batch_symbol(graph, batch)
+    lowered = lower(graph, recipe, machine, data)
+    bound = bind_graph(lowered.graph, dict.fromkeys(graph.symbols, batch)) if symbol else lowered.graph
+    goal = _goal(machine, seed)
+    with Database(Path(records)) as database:
+        tasks = tasks_of(bound, machine)
+        if not tasks:
+            raise InvalidInput("the model has no kernels to tune")
+        if minutes > 0:
+            with bench_of(workers, machine, jobs) as bench:
+                search = Search(database, bench, goal, tasks, told)
+                search.run(minutes * 60)
+            states, tried = search.states, search.ran
+        else:
+            states, tried = Search(database, _Nothing(), goal, tasks).states, 0
+        rows = _rows(database, goal, states)
+    return Tuned(Path(records), rows, *_compared(bound, machine, Path(records)), tried)
+
+
+def bench_of(workers: str, machine: Target, jobs: int | None) -> Any:
+    """The bench that ``workers`` names, a context manager."""
+    if workers == "local":
+        return LocalBench(jobs)
+    if workers == "ray":
+        from bitwright.cluster import RayBench
+
+        return RayBench(machine, jobs)
+    raise InvalidInput(f"workers are 'local' or 'ray', not {workers!r}")
+
+
+class _Nothing:
+    """A bench for runs that only look up what is known."""
+
+    batch = 1
+
+    def _refuse(self, *_: Any) -> Any:
+        raise BitwrightError("nothing is measured in a run of 0 minutes")
+
+    compile = measure = run = _refuse
+
+
+def _refuse_foreign(machine: Target, workers: str) -> None:
+    """Measurements need a machine that runs the target."""
+    if machine.kind != "cpu":
+        raise InvalidInput(f"target {machine.name} loads no programs, so its kernels cannot be measured here")
+    if workers == "local":
+        check_host(machine.features)
+
+
+def _goal(machine: Target, seed: int | None) -> Goal:
+    from bitwright.codegen.tvm.select import version
+
+    drawn = int(time.time()) % (1 << 31) if seed is None else seed
+    return Goal(machine, target_key(machine, cpu_name()), version(), cpu_name(), drawn)
+
+
+def _rows(database: Database, goal: Goal, states: list[State]) -> tuple[TunedLayer, ...]:
+    total = sum((s.default_seconds or s.task.predicted) * s.task.count for s in states) or 1.0
+    rows = []
+    for s in states:
+        best = next(iter(database.best(s.task.key, goal.target_key, goal.compiler)), None)
+        seconds = s.default_seconds or s.task.predicted
+        row = TunedLayer(
+            s.task.name, s.task.template, seconds * s.task.count / total, s.measured, s.failed, seconds,
+            best.ratio if best else 1.0, s.broken or (best.label if best else ""),
+        )  # fmt: skip
+        rows.append(row)
+    return tuple(sorted(rows, key=lambda r: -r.share))
+
+
+def _compared(graph: Graph, machine: Target, records: Path) -> tuple[float, float, Ratio]:
+    """Seconds of the whole program untuned and tuned, and their ratio, on one core in interleaved rounds."""
+    cache = Cache()
+    plain = assemble(graph, machine, (), [], cache=cache)
+    tuned = assemble(graph, machine, (), [], cache=cache, records=records)
+    inputs = made_up_inputs(plain)
+    timings = measure(
+        {"untuned": lambda: plain(*inputs), "tuned": lambda: tuned(*inputs)}, rounds=ROUNDS, sample_seconds=0.02
+    )
+    return timings["untuned"].cpu_median, timings["tuned"].cpu_median, timings.ratio("tuned", "untuned", cpu=True)

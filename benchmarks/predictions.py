@@ -2,10 +2,11 @@
 
     python benchmarks/predictions.py [--models resnet50,bert_base] [--records FILE] [--fit] [--quick] [--dry]
 
-Every program runs at batch 1 on one thread; a layer's time is the median of its calls inside the program
-(``Program.profile``), so its weights come from where the rest of the model left them. Equal layers count once per
-program. ``--records`` keeps the measurements for the next run. ``--fit`` fits ``Target.costs`` to every second
-distinct layer and reports the error on the others, which it has not seen; it prints the values for ``targets/x86.py``.
+Every program runs at batch 1 on one thread; a layer's time is the best of its calls inside the program
+(``Program.profile``), so its weights come from where the rest of the model left them; on a shared machine the median of
+long layers measures the neighbours. Equal layers count once. ``--records`` keeps the measurements for the next run.
+``--fit`` fits ``Target.costs`` to every second distinct layer and reports the error on the others, which it has not
+seen; it prints the values, which belong into ``ir/target.py``.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def records_of(name: str, recipe: str, repeats: int, core: int) -> list[Record]:
         if layer is None or body is None:
             continue
         found = Record(
-            name, recipe, layer.name, layer.op, layer.kernel, plain(body), s.seconds, used,
+            name, recipe, layer.name, layer.op, layer.kernel, plain(body), s.best, used,
             layer.kernel == "generic", not layer.reason.startswith(("dense", "runs dense")),
         )  # fmt: skip
         out.setdefault(found.key, []).append(found)

@@ -133,7 +133,7 @@ def cost_of(
     streamed = sum(touched[w] for w in weights)
     moved = sum(touched.values()) - streamed + sum(_plain_bytes(body.types[o]) for o in body.outputs)
     stream = streamed / _bandwidth(max(working_set, streamed), target)
-    near = moved / _bandwidth(moved, target)
+    near = moved / _bandwidth(max(moved, target.l2_bytes), target)
     products, steps, limit = 0.0, 0.0, 0.0
     for node in body.nodes:
         if macs(node, body):
@@ -147,7 +147,7 @@ def cost_of(
             steps += _steps(node, body, target, generic) / target.vector_ops_per_second
     hidden = target.costs.cold * min(stream, products)
     arithmetic = max(products, stream) + hidden + steps
-    slowest = max(arithmetic, near) if not products else arithmetic + target.costs.moved * near
+    slowest = arithmetic + near * (target.costs.moved if products else 1.0)
     total, operations = streamed + moved, 2 * sum(macs(n, body) for n in body.nodes)
     memory = total / (target.cache_bandwidth if total < target.l3_bytes // 2 else target.memory_bandwidth)
     return Cost(operations, total, slowest + target.launch_seconds, max(limit, memory))
@@ -275,6 +275,8 @@ def _steps(node: Node, body: Graph, target: Target, generic: bool) -> float:
         each, elements = costs.pool * math.prod(op.kernel), node.type.size
     elif isinstance(op, ops.Softmax):
         each = costs.softmax
+    elif isinstance(op, ops.Reduce):
+        each = costs.reduce
     elif isinstance(op, _NORMS):
         each = costs.norm
     elif isinstance(op, _MOVES):

@@ -56,12 +56,16 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class SparseRate:
-    """Speed of an N:M contraction over the dense one of the same operands; below 1 it is slower."""
+    """Speed of an N:M contraction over the dense one of the same operands; below 1 it is slower.
+
+    ``shared``: of kernels that need one pattern for so many outputs (1: every output has its own).
+    """
 
     x: DType
     keep: int
     group: int
     gain: float
+    shared: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,7 @@ class Costs:
     norm: float = 7.3
     pool: float = 0.5
     """Steps of every value that a window reads."""
+    reduce: float = 2.0
     move: float = 10.0
     """Steps of a value that is only moved."""
     generic: float = 30.0
@@ -175,14 +180,15 @@ class Target:
 
         A pattern that is not declared is expected to reach the share of its ideal group/keep that a declared one of
         this format reaches: of the next larger group, since wider selections are slower or impossible. 0.0 when no
-        declared group is as large.
+        declared group is as large. Of patterns that outputs share, the fastest kernel that they allow counts.
         """
         keep, group = pattern.keep * pattern.block, pattern.group * pattern.block
-        same = [s for s in self.sparse if s.x == in_bytes(x) and s.group >= group]
-        if not same:
-            return 0.0
-        near = min(same, key=lambda s: (s.group, abs(s.keep - keep)))
-        return near.gain * near.keep / near.group * group / keep
+        same = [s for s in self.sparse if s.x == in_bytes(x) and s.group >= group and pattern.shared % s.shared == 0]
+        gains = []
+        for shared in {s.shared for s in same}:
+            near = min((s for s in same if s.shared == shared), key=lambda s: (s.group, abs(s.keep - keep)))
+            gains.append(near.gain * near.keep / near.group * group / keep)
+        return max(gains, default=0.0)
 
     def lanes_gain(self, x: DType, share: float, shared: int = 1) -> float:
         """Expected speed over dense of weights of which this ``share`` of units is stored, the same ones for

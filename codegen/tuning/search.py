@@ -25,7 +25,7 @@ from bitwright.ir.errors import BitwrightError
 from bitwright.ir.target import Target
 
 if TYPE_CHECKING:
-    from bitwright.codegen.tvm.select import Choice
+    from bitwright.codegen.tvm.select import Choice, Order
 
 _NEAREST, _AT_RANDOM, _POOL = 4, 0.25, 4000
 _LONGER = 3
@@ -47,7 +47,7 @@ class Bench(Protocol):
     @property
     def batch(self) -> int: ...
 
-    def compile(self, orders: Sequence[object]) -> Sequence[bytes | Outcome]: ...
+    def compile(self, orders: Sequence[Order]) -> Sequence[bytes | Outcome]: ...
 
     def measure(self, request: Request) -> Outcome: ...
 
@@ -261,7 +261,8 @@ class Search:
         from bitwright.codegen.tvm.select import templates
         from bitwright.codegen.tvm.template import Refused
 
-        task, found = state.task, []
+        task = state.task
+        found: list[tuple[str, Point]] = []
         for name, template in templates().items():
             if isinstance(template.configure(task.body, task.constants, self.goal.target), Refused):
                 continue
@@ -296,7 +297,7 @@ def _place(template: str, point: Point) -> Place:
     return template, json.dumps(dict(point), sort_keys=True)
 
 
-def _order(choice: Choice) -> object:
+def _order(choice: Choice) -> Order:
     from bitwright.codegen.tvm.select import Order
 
     return Order(choice.template, choice.body, choice.config, choice.symbol)

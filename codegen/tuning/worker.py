@@ -73,6 +73,7 @@ class Worker:
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout, self._errors):
                 with contextlib.suppress(OSError):
+                    assert stream is not None
                     stream.close()
             self._process = None
 

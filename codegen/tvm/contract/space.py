@@ -45,7 +45,9 @@ def rules_of(spec: ContractSpec, default: Knobs) -> tuple[Rule, ...]:
     if is_depthwise(spec) and isinstance(spec.geometry, Conv):
         height, width = spec.geometry.output
         return (
-            Rule("the tile is larger than the image", lambda p: p["vectors"] <= height and p["rows"] <= width),
+            Rule(
+                "the tile is larger than the image", lambda p: int(p["vectors"]) <= height and int(p["rows"]) <= width
+            ),
             Rule("its sums do not fit the registers", lambda p: int(p["rows"]) * int(p["vectors"]) < registers),
         )
     rows = spec.geometry.rows if isinstance(spec.geometry, Matrix) else spec.rows
@@ -64,7 +66,7 @@ def rules_of(spec: ContractSpec, default: Knobs) -> tuple[Rule, ...]:
         return (int(p["rows"]) + 1) * int(p["vectors"]) + 1
 
     return (
-        Rule("the tile is larger than the result", lambda p: p["rows"] <= rows and p["vectors"] <= needed),
+        Rule("the tile is larger than the result", lambda p: int(p["rows"]) <= rows and int(p["vectors"]) <= needed),
         Rule("the tile does not fit the registers", lambda p: used(p) <= registers),
         Rule("there are not so many blocks of rows", lambda p: int(p["blocks"]) <= ceil(rows / int(p["rows"]))),
         Rule("too few tasks for threads", shared),

@@ -7,7 +7,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: help venv demo test nightly bench onnx-suite lint types docs clean
+.PHONY: help venv demo demo-targets test nightly bench onnx-suite lint types docs clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -26,6 +26,9 @@ $(READY): pyproject.toml
 
 demo: $(READY)  ## train, compress, compile and measure a small CNN and MiniLM; writes demo-out/*.html
 	$(PY) examples/demo.py
+
+demo-targets: $(READY)  ## one network on this machine, as C on other processors (emulated) and on paper devices
+	$(PY) examples/targets.py
 
 test: $(READY)  ## the test suite, without the nightly sweeps
 	$(PY) -m pytest -n $(JOBS) -m "not nightly"

@@ -53,6 +53,8 @@ def test_different_results_are_told(rows: list[Row]) -> None:
     assert rows[0].outputs is not None
     off = replace(rows[1], outputs=tuple(a + 1 for a in rows[0].outputs))
     assert agreement([rows[0], off]).startswith("c differs from x86-portable by")
+    near = replace(rows[1], outputs=tuple(a * np.float32(1 + 1e-7) for a in rows[0].outputs))
+    assert agreement([rows[0], near]).startswith("the same but for the rounding")
     assert agreement([rows[0]]) == "nothing to compare"
 
 

@@ -106,11 +106,11 @@ def weights_of(graph: Graph, node: Node) -> dict[str, Array]:
     return {k: a for k, a in found.items() if isinstance(a, np.ndarray)}
 
 
-def stored_bytes(t: TensorType) -> float:
-    """Bytes of a value at its format's width; masked weights keep their non-zeros and the places of those."""
+def stored_bytes(t: TensorType, mask: NM | None = None) -> float:
+    """Bytes of a value at its format's width; weights of a masked instruction keep their non-zeros and their places."""
     bits = float(t.dtype.bits)
-    if isinstance(t.encoding, NM):
-        bits = t.encoding.density * (bits + max(1, (t.encoding.group - 1).bit_length()))
+    if mask is not None:
+        bits = mask.density * (bits + max(1, (mask.group - 1).bit_length()))
     return t.size * bits / 8
 
 
@@ -118,7 +118,11 @@ def _layer(node: Node, graph: Graph, device: Device, chosen: Mapping[str, Select
     assert isinstance(node.op, ops.Region)
     body = node.op.body
     constant = weights_of(graph, node)
-    weight_bytes = sum(stored_bytes(v.type) for v in body.inputs if v.name in constant)
+    masks: dict[str, NM | None] = {}
+    for n in body.nodes:
+        if (found := chosen.get(n.output)) is not None and found.instruction is not None:
+            masks[n.inputs[1]] = found.instruction.parsed.pattern
+    weight_bytes = sum(stored_bytes(v.type, masks.get(v.name)) for v in body.inputs if v.name in constant)
     activations = [v.type for v in body.inputs if v.name not in constant] + [body.types[o] for o in body.outputs]
     activation_bytes = sum(stored_bytes(t) for t in activations)
     cycles = energy = 0.0

@@ -277,8 +277,18 @@ def _with_pattern(
     label = f"{nm.keep}:{nm.group}" + (f" of blocks of {nm.block}" if nm.block > 1 else "")
     if nm.axis % declared.rank != 1:
         return spec, f"runs dense: {label} lies along axis {nm.axis}, not along the reduction"
-    sparse = replace(spec, pattern=NM(nm.keep, nm.group, 1, block=nm.block))
-    why, gain = contract.supports(sparse, target.isa), target.sparse_gain(spec.operand, nm)
+    free = NM(nm.keep, nm.group, 1, block=nm.block)
+    sparse = replace(spec, pattern=free)
+    why, gain = contract.supports(sparse, target.isa), target.sparse_gain(spec.operand, free)
+    if nm.shared > 1:
+        made = _shared(spec, replace(free, shared=nm.shared), 0.0 if why else gain, target)
+        if isinstance(made, ContractSpec):
+            better = target.sparse_gain(spec.operand, nm)
+            return (
+                made,
+                f"{label} kernel with activations compacted for {nm.shared} outputs, expected {better:.2g}x over dense",
+            )
+        label += made
     if not why and gain >= _PAYS:
         return sparse, f"{label} kernel, expected {gain:.2g}x over dense"
     if (wider := _wider(spec, weight, target)) is not None:
@@ -290,6 +300,21 @@ def _with_pattern(
     if why:
         return spec, f"runs dense: no {label} kernel here ({why})"
     return spec, f"runs dense: {label} would gain only {gain:.2f}x on {target.name}"
+
+
+def _shared(spec: ContractSpec, nm: NM, free: float, target: Target) -> ContractSpec | str:
+    """The spec of the kernel that compacts activations for the outputs that share a pattern, or why another one runs.
+
+    ``free``: what the kernel gains that reads every output's own pattern.
+    """
+    made = replace(spec, pattern=nm)
+    head = f" shared by {nm.shared} outputs"
+    if why := contract.supports(made, target.isa):
+        return f"{head} (not compacted: {why})"
+    gain = target.sparse_gain(spec.operand, nm)
+    if gain >= _PAYS and gain > free:
+        return made
+    return f"{head} (compacting activations is no faster here)"
 
 
 def _wider(spec: ContractSpec, weight: Array, target: Target) -> NM | None:

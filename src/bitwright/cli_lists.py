@@ -26,9 +26,14 @@ def target_row(t: Target) -> tuple[str, ...]:
 
 
 def sparse_text(t: Target) -> str:
-    """``u8: 2:4 x1.40, 1:4 x2.70; f32: ...``: expected gain over dense by activation format."""
-    formats = dict.fromkeys(s.x for s in t.sparse)
-    lists = (f"{x}: " + ", ".join(f"{s.keep}:{s.group} x{s.gain:.3g}" for s in t.sparse if s.x == x) for x in formats)
+    """``u8: 2:4 x1.40, 1:4 x2.70; f32: ...``: expected gain over dense by activation format, and where outputs share a
+    pattern by their number (``u8 shared by 64: ...``)."""
+    kinds = dict.fromkeys((s.x, s.shared) for s in t.sparse)
+    heads = {(x, n): f"{x} shared by {n}" if n > 1 else str(x) for x, n in kinds}
+    lists = (
+        f"{heads[kind]}: " + ", ".join(f"{s.keep}:{s.group} x{s.gain:.3g}" for s in t.sparse if (s.x, s.shared) == kind)
+        for kind in kinds
+    )
     return "; ".join(lists) or "none pays"
 
 

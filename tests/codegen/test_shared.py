@@ -9,13 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+import bitwright as bw
+from bitwright import certificates
+from bitwright.codegen.cost import cost_of
+from bitwright.codegen.targets import BUILTIN
 from bitwright.codegen.tvm import contract
 from bitwright.codegen.tvm.contract import ContractSpec, Conv, Knobs, Matrix, StoreAcc
 from bitwright.codegen.tvm.contract.compact import compaction_of
 from bitwright.codegen.tvm.contract.shared import shared_of
 from bitwright.codegen.tvm.contract.spec import ISAS, Element, Isa
+from bitwright.ir import ops
+from bitwright.ir.build import Builder
 from bitwright.ir.errors import InvalidInput
-from bitwright.ir.types import NM
+from bitwright.ir.graph import Graph
+from bitwright.ir.interpret import evaluate, to_numpy
+from bitwright.ir.target import Target
+from bitwright.ir.types import NM, S8, U8, TensorType, parse_type
 from tests.codegen.harness import runnable
 from tests.codegen.test_contract import execute, reference
 
@@ -199,3 +208,49 @@ def test_corrupt_packed_weights_are_found() -> None:
     with pytest.raises(InvalidInput, match="points outside"):
         contract.unpack(spec, knobs, [values, index | np.uint8(3)])
     assert not np.array_equal(contract.unpack(spec, knobs, [values, index ^ np.uint8(1)])[0], weight)
+
+
+# --- whole programs ----------------------------------------------------------------------------------------------
+
+
+def layer(pattern: NM, rows: int = 37, shape: tuple[int, int] = (128, 256)) -> tuple[Graph, Array]:
+    rng, b = np.random.default_rng(0), Builder(level="integer")
+    spec = ContractSpec("u8s8", Matrix(rows, *shape), pattern)
+    w = shared_weights(spec, rng.integers(-127, 128, shape).astype(np.int8), rng)
+    x = b.input("x", parse_type(f"u8[{rows}, {shape[1]}]"))
+    out = b.emit(ops.IntLinear(x_zero=7), x, b.weight("fc.weight", w, TensorType(S8, shape, pattern)))
+    return b.finish([out]), rng.integers(0, 256, (rows, shape[1])).astype(np.uint8)
+
+
+CHOICES = {
+    ("x86-avx512-vnni", 64): "compacted for 64 outputs",
+    ("x86-avx512-vnni", 16): "compacting activations is no faster here",
+    ("x86-avx512-vnni", 4): "no whole vectors of 16",
+    ("x86-avx2", 64): "compacted for 64 outputs",
+    ("x86-portable", 32): "compacted for 32 outputs",
+}
+
+
+@pytest.mark.parametrize(("target", "shared"), CHOICES, ids=str)
+def test_a_program_takes_the_kernel_that_the_target_says_is_faster(target: str, shared: int) -> None:
+    graph, x = layer(nm(1, 4, shared))
+    program = bw.compile(graph, target=target)
+    (row,) = program.report.layers
+    np.testing.assert_array_equal(program(x), to_numpy(evaluate(graph, [x])[0]))
+    assert [c.fault for c in certificates.check(program.contents)] == [""]
+    assert CHOICES[target, shared] in row.reason
+
+
+@pytest.mark.parametrize("target", BUILTIN.values(), ids=lambda t: t.name)
+def test_the_more_outputs_share_a_pattern_the_more_a_target_promises(target: Target) -> None:
+    gains = [target.sparse_gain(U8, nm(1, 4, shared)) for shared in (1, 32, 64, 128)]
+    assert gains == sorted(gains)
+    assert gains[0] < gains[2] == gains[3] <= 4
+    assert target.sparse_gain(U8, nm(1, 4, 48)) in gains[:2] or target.isa != "avx512-vnni"
+
+
+def test_prices_follow_the_declared_gain() -> None:
+    target = BUILTIN["x86-avx512-vnni"]
+    one, many = (cost_of(layer(nm(2, 4, n), 128, (768, 768))[0], target).seconds for n in (1, 64))
+    gains = [target.sparse_gain(U8, nm(2, 4, n)) for n in (1, 64)]
+    assert one / many == pytest.approx(gains[1] / gains[0], rel=0.1)

@@ -79,6 +79,8 @@ def compaction_of(spec: ContractSpec, isa: Isa) -> Compaction | str:
     assert sparsity is not None
     assert pattern is not None
     (keep, group), outputs = sparsity, pattern.shared
+    if spec.element not in ("u8s8", "f32"):
+        return f"activations of {spec.element} are not compacted"
     if spec.groups > 1 and cols % outputs and outputs % cols:
         return f"blocks of {outputs} outputs lie across convolution groups of {cols}"
     outputs = min(outputs, cols) if spec.groups > 1 else outputs

@@ -216,3 +216,30 @@ def test_nan_and_wrong_shapes_name_the_place(read: Read) -> None:
     infinite = Context(calibration=[[np.array([[1.0, -np.inf]], np.float32)]])
     ObserveRanges("mse").run(read(TEXT), infinite)
     assert infinite.facts["ranges"]["x"] == (-np.inf, 1.0)
+
+
+def test_values_counted_by_the_stride_give_the_range_of_all(read: Read) -> None:
+    """A long stream: most of it is sampled, and counts as often as it was thinned out."""
+    rng = np.random.default_rng(0)
+    stream = [[rng.standard_normal((20_000, 2)).astype(np.float32)] for _ in range(12)]
+    context = Context(calibration=stream)
+    ObserveRanges(method="percentile", percentile=98.0).run(read(TEXT), context)
+    lo, hi = context.facts["ranges"]["x"]
+    everything = np.concatenate([x for (x,) in stream])
+    assert lo == pytest.approx(np.percentile(everything, 1.0), abs=0.1)
+    assert hi == pytest.approx(np.percentile(everything, 99.0), abs=0.1)
+
+
+def test_moved_values_share_their_range(read: Read) -> None:
+    graph = read(
+        """
+        graph @g (%x: f32[2, 3]) -> (y = %y) level=graph {
+          %t = transpose(%x) {perm=[1, 0]} : f32[3, 2]
+          %r = reshape(%t) {shape=[6]} : f32[6]
+          %y = neg(%r) : f32[6]
+        }
+        """
+    )
+    context = Context(calibration=batches([[1.0, 2.0, 3.0], [-4.0, 0.0, 1.0]]))
+    ObserveRanges().run(graph, context)
+    assert context.facts["ranges"] == {"x": (-4.0, 3.0), "t": (-4.0, 3.0), "r": (-4.0, 3.0), "y": (-3.0, 4.0)}

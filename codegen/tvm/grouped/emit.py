@@ -150,15 +150,22 @@ class _Kernel:
             for j in range(c.tile[1]):
                 scale = self._scale(place + j * c.lanes)
                 for i in range(tall):
-                    held.add(i, j, acc[i][j].get().cast(F32), scale)
+                    held.add(i, j, self._total(acc[i][j]).cast(F32), scale)
         self._finish(task, first, tall, held)
 
     def _scale(self, at: Index) -> Vec:
         raw = self.b.load(self.scales, at, self.c.lanes)
         return self.b.let(raw if self.c.wide_scales else (raw.cast(U32) << 16).bits(F32))
 
-    def _starts(self, task: Index, first: Index, g: Index, tall: int) -> list[list[Register]]:
-        """Accumulators that begin with what the stored zero adds, taken off."""
+    def _total(self, sums: list[Register]) -> Vec:
+        """The group's sum out of those of its fields."""
+        total = sums[0].get()
+        for f, more in enumerate(sums[1:], 1):
+            total = total + (more.get() >> (self.c.bits * f))
+        return total
+
+    def _starts(self, task: Index, first: Index, g: Index, tall: int) -> list[list[list[Register]]]:
+        """Accumulators, by row and vector (and field), that begin with what the stored zero adds, taken off."""
         b, c = self.b, self.c
         acc = []
         place = b.index((task * c.groups + g) * c.panel)
@@ -171,11 +178,12 @@ class _Kernel:
                 else:
                     zero = b.load(self.zeros, place + j * c.lanes, c.lanes).cast(S32)
                     start = const(0, S32, c.lanes) - zero * total.spread(c.lanes)
-                line.append(b.register(S32, c.lanes, start, "acc"))
+                more = [const(0, S32, c.lanes)] * (c.fields - 1 if c.in_place else 0)
+                line.append([b.register(S32, c.lanes, v, "acc") for v in (start, *more)])
             acc.append(line)
         return acc
 
-    def _block(self, acc: list[list[Register]], at: Index, codes: Index, tile: Index, tiles: int) -> None:
+    def _block(self, acc: list[list[list[Register]]], at: Index, codes: Index, tile: Index, tiles: int) -> None:
         b, c = self.b, self.c
         vectors, wide = c.tile[1], c.lanes * QUAD
         lines = c.block // c.chunk * vectors
@@ -185,11 +193,17 @@ class _Kernel:
                 place = at + (n * vectors + j) * wide
                 raws.append(b.let(b.load(self.weights, place, wide)))
                 self._prefetch(place, n * vectors + j, lines, at, tile, tiles)
-            parts = [[self._field(raw, f) for raw in raws] for f in range(c.fields)]
-            for i in range(len(acc)):
-                a = [self._codes(codes + i * c.block + n * c.chunk + f * QUAD) for f in range(c.fields)]
-                for j in range(vectors):
-                    self._add(acc[i][j], [(parts[f][j], a[f]) for f in range(c.fields)])
+            for fields in self._at_once():
+                parts = {f: [self._field(raw, f) for raw in raws] for f in fields}
+                for i in range(len(acc)):
+                    a = {f: self._codes(codes + i * c.block + n * c.chunk + f * QUAD) for f in fields}
+                    for j in range(vectors):
+                        self._add(acc[i][j], [(f, parts[f][j], a[f]) for f in fields])
+
+    def _at_once(self) -> list[list[int]]:
+        """Fields that are unpacked together: where 16-bit sums of several save a widening; else registers are few."""
+        every = list(range(self.c.fields))
+        return [every] if self.c.isa == "avx2" and not self.c.words else [[f] for f in every]
 
     def _prefetch(self, place: Index, line: int, lines: int, at: Index, tile: Index, tiles: int) -> None:
         """One row: the stream ahead. More: every tile its share of the next panel."""
@@ -204,6 +218,8 @@ class _Kernel:
         c = self.c
         if c.bits == 8:
             return raw
+        if c.in_place:
+            return self.b.let(raw & (((1 << c.bits) - 1) << (c.bits * field)))
         moved = (raw.bits(U16) >> (c.bits * field)).bits(U8) if field else raw
         return self.b.let(moved & ((1 << c.bits) - 1))
 
@@ -214,21 +230,22 @@ class _Kernel:
             return (b.let(b.load(self.rows.codes, at, QUAD).bits(S32).spread(c.lanes)),)
         return tuple(b.let(b.load(self.rows.codes, at + 2 * n, 2).bits(S32).spread(c.lanes)) for n in (0, 1))
 
-    def _add(self, acc: Register, steps: list[tuple[Vec, tuple[Vec, ...]]]) -> None:
-        """acc + the products of the fields of a stored vector."""
-        b, c = self.b, self.c
+    def _add(self, sums: list[Register], steps: list[tuple[int, Vec, tuple[Vec, ...]]]) -> None:
+        """The sums + the products of the fields of a stored vector."""
+        b, c, acc = self.b, self.c, sums[0]
         if c.isa in ("avx512-vnni", "avx-vnni"):
             dot = x86.VPDPBUSD_512 if c.isa == "avx512-vnni" else x86.VPDPBUSD_256
-            for w, a in steps:
-                acc.set(call(dot, acc.get(), w, a[0]))
+            for f, w, a in steps:
+                own = sums[f] if c.in_place else acc
+                own.set(call(dot, own.get(), w, a[0]))
         elif not c.words:  # at most four pairs of 15 * 127 * 2: no saturation
-            pairs = call(x86.VPMADDUBSW_256, steps[0][0], steps[0][1][0])
-            for w, a in steps[1:]:
+            pairs = call(x86.VPMADDUBSW_256, steps[0][1], steps[0][2][0])
+            for _, w, a in steps[1:]:
                 pairs = b.let(pairs + call(x86.VPMADDUBSW_256, w, a[0]))
             acc.set(acc.get() + call(x86.VPMADDWD_256, pairs, const(1, S16, 16)))
         else:
             madd = x86.VPMADDWD_256 if c.isa == "avx2" else x86.PMADDWD_128
-            for w, a in steps:
+            for _, w, a in steps:
                 words = w.bits(U16)
                 for half, codes in ((words & 255, a[0]), (words >> 8, a[1])):
                     acc.set(acc.get() + call(madd, half, codes))

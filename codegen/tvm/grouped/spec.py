@@ -83,6 +83,12 @@ class GroupSpec:
         return rows * vectors <= (8 if self.isa == "avx512-vnni" else 4)
 
     @property
+    def in_place(self) -> bool:
+        """Whether fields are not shifted to the bottom of their byte: each then has sums of its own, that many times
+        too large, which are shifted once a group. A single row has registers for that, and too few vector ports."""
+        return self.rows == 1 and self.isa == "avx512-vnni" and self.bits < 8
+
+    @property
     def panel(self) -> int:
         """Outputs of a task."""
         return self.tile[1] * self.lanes

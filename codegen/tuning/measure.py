@@ -7,6 +7,7 @@ own (a fork of this one): one that writes where it should not spoils nobody else
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import pickle
 import select
@@ -133,6 +134,7 @@ def _child(request: Request, writer: int) -> None:
     """Measure, answer, and leave without running anybody's exit handlers."""
     code = 1
     try:
+        faulthandler.disable()
         die_with_parent()
         limit_memory(request.memory)
         try:

@@ -111,7 +111,10 @@ def candidate(
     """The kernel that ``template`` makes of a canonical body at a point of its space, or why it makes none."""
     if template not in templates():
         return Refused(f"there is no template {template}")
-    config = templates()[template].at(plain, constants, target, point)
+    chosen = templates()[template]
+    if point and (why := chosen.space(plain, constants, target).why_not(point)):
+        return Refused(why)
+    config = chosen.at(plain, constants, target, point)
     return config if isinstance(config, Refused) else _choice(plain, constants, template, config, ())
 
 

@@ -224,6 +224,19 @@ def test_a_new_device_is_one_file(tmp_path: Path) -> None:
         assert done.schedule.device.name == "mine"
 
 
+def test_the_worked_example_of_the_docs(tmp_path: Path) -> None:
+    """The device of docs/devices.md, as printed there, runs two models; masked layers get its masked instruction."""
+    page = (Path(__file__).parent.parent / "docs" / "devices.md").read_text()
+    file = tmp_path / "mychip.toml"
+    file.write_text(page.split("```toml\n")[1].split("```")[0])
+    recipe = "nm-mask{pattern=1:4}, observe-ranges, quantize-weights{bits=4}, quantize-int8"
+    for name in ("digits", "resnet18"):
+        graph, example = captured(name)
+        done = bw.simulate(graph, str(file), recipe=recipe, calibration=[example])
+        assert done.identical
+        assert "dot4.quarter" in {x.instruction for x in done.schedule.layers}
+
+
 # --- the command line ----------------------------------------------------------------------------------------
 
 

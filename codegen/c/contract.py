@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from bitwright.codegen.c import bitplanes
 from bitwright.codegen.c.packing import Form, form_of, pack
 from bitwright.codegen.c.reduce import loops
 from bitwright.codegen.c.text import Idx, Index, carried, literal, over, plus, rest, times
@@ -27,6 +28,8 @@ def _sum_type(node: Node) -> DType:
 @rule(ops.IntLinear, ops.Linear)
 def _linear(e: Evaluator, node: Node, _: int, idx: Idx) -> str:
     x, w = node.inputs[:2]
+    if bitplanes.signs(node, e.body, dict(e.constants)):
+        return bitplanes.value(e, node, idx)
     acc = _start(e, node, idx[-1])
     zero = getattr(node.op, "x_zero", 0)
     _run(e, node, w, acc, idx[-1], 0, lambda k: _shifted(e.at(x, (*idx[:-1], k)), zero))
@@ -37,6 +40,8 @@ def _linear(e: Evaluator, node: Node, _: int, idx: Idx) -> str:
 def _conv(e: Evaluator, node: Node, _: int, idx: Idx) -> str:
     op, (x, w) = node.op, node.inputs[:2]
     assert isinstance(op, ops.IntConv | ops.Conv)
+    if bitplanes.signs(node, e.body, dict(e.constants)):
+        return bitplanes.value(e, node, idx)
     source, kernel = e.shape(x), e.shape(w)[2:]
     n, last = len(kernel), op.channels_last
     space = source[1:-1] if last else source[2:]

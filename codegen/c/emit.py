@@ -64,6 +64,19 @@ static int32_t bw_to_int(double q, int32_t lo, int32_t hi)
     return q <= (double)lo ? lo : q >= (double)hi ? hi : (int32_t)q;
 }
 """,
+    "bw_popcount": """
+/* ones of a word */
+static int32_t bw_popcount(uint32_t x)
+{
+#if defined(__GNUC__) && (defined(__POPCNT__) || defined(__riscv_zbb) || defined(__aarch64__))
+    return __builtin_popcount(x);
+#else
+    x -= (x >> 1) & 0x55555555u;
+    x = (x & 0x33333333u) + ((x >> 2) & 0x33333333u);
+    return (int32_t)((((x + (x >> 4)) & 0x0F0F0F0Fu) * 0x01010101u) >> 24);
+#endif
+}
+""",
     "bw_clampf": """
 static float bw_clampf(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
 """,

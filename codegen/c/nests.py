@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.codegen.c import contract, interpolate, moves
+from bitwright.codegen.c import bitplanes, contract, interpolate, moves
 from bitwright.codegen.c.rows import ROWS, group_size, prepare, row_axes
 from bitwright.codegen.c.text import Index, Writer, flatten, memory_type, plus, table_type, times
 from bitwright.codegen.c.values import RULES, Evaluator, Table
@@ -100,10 +100,21 @@ def function(body: Graph, constants: Mapping[str, NDArray[np.generic]]) -> Funct
     )  # fmt: skip
 
 
+def _row(e: Evaluator, shape: tuple[int, ...]) -> tuple[Node | None, tuple[int, ...]]:
+    """The operator that computes something once a row of the result, and the axes along such a row."""
+    for n in heavy(e.body):
+        if n.type.static_shape != shape:
+            continue
+        if isinstance(n.op, ROWS):
+            return n, row_axes(n)
+        if bitplanes.signs(n, e.body, dict(e.constants)):
+            return n, (bitplanes.row_axis(n),)
+    return None, ()
+
+
 def _nest(e: Evaluator, outputs: list[tuple[int, str]], shape: tuple[int, ...]) -> None:
     """Loops over ``shape``, the axes along a row innermost, and the stores."""
-    row = next((n for n in heavy(e.body) if isinstance(n.op, ROWS)), None)
-    inner = row_axes(row) if row is not None and row.type.static_shape == shape else ()
+    row, inner = _row(e, shape)
     w = e.w
     with ExitStack() as stack:
         at: dict[int, Index] = {}
@@ -113,7 +124,11 @@ def _nest(e: Evaluator, outputs: list[tuple[int, str]], shape: tuple[int, ...]) 
         if inner and row is not None:
             if isinstance(row.op, ops.GroupNorm):
                 group = stack.enter_context(w.loop(row.op.groups, "g"))
-            prepare(e, row, tuple(at.get(a, 0) for a in range(len(shape))), group)
+            start = tuple(at.get(a, 0) for a in range(len(shape)))
+            if isinstance(row.op, ROWS):
+                prepare(e, row, start, group)
+            else:
+                bitplanes.prepare(e, row, start)
         for axis in inner:
             if axis == 1 and row is not None and isinstance(row.op, ops.GroupNorm):
                 at[1] = plus(times(group, group_size(row)), stack.enter_context(w.loop(group_size(row))))

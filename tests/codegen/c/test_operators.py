@@ -194,6 +194,45 @@ def test_extremes_of_every_width_are_exact(tmp_path: Path) -> None:
     assert run(cases, tmp_path) == []
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_words_are_counted_exactly(bits: int, tmp_path: Path) -> None:
+    """Bipolar and ternary weights by bit planes, at sizes that fill no word (arXiv:1912.12636: all nine products)."""
+    cases = []
+    for k in (1, 7, 33, 65, 288):
+        for dtype in ("bipolar", "ternary"):
+            values = [-1, 1] if dtype == "bipolar" else [-1, 0, 1]
+            x = parse_dtype(f"u{bits}")
+            a = codes(4, k, hi=x.hi)
+            a[0], a[1] = 0, x.hi
+            w = RNG.choice(values, (5, k)).astype(np.int8)
+            w[0], w[1] = 1, -1
+            image, kernel = codes(1, 5, 6, k, hi=x.hi), RNG.choice(values, (3, k, 2, 3)).astype(np.int8)
+            for op, given, weight in (
+                (ops.IntLinear(), a, w), (ops.IntLinear(x_zero=x.hi), a, w),
+                (ops.IntConv(padding=(1, 1, 0, 1), stride=(2, 1), x_zero=1, channels_last=True), image, kernel),
+            ):  # fmt: skip
+                cases.append(narrow(weighted(op, given, weight, dtype), x))
+    assert run(cases, tmp_path) == []
+    forms = {f for c in cases for call in source_of(c.graph).calls for f in call.forms}
+    assert any("counted" in f for f in forms)
+    assert all("counted" in f for f in forms) == (bits <= 2)
+
+
+def narrow(c: Case, x: Any) -> Case:
+    """The case with its input typed as ``x``."""
+    from dataclasses import replace
+
+    from bitwright.ir.graph import Value
+
+    (node,) = (n for n in c.graph.nodes if isinstance(n.op, ops.Region))
+    assert isinstance(node.op, ops.Region)
+    t = c.graph.inputs[0].type.with_dtype(x)
+    body = replace(node.op.body, inputs=(Value("x", t), *node.op.body.inputs[1:]))
+    changed = replace(node, op=replace(node.op, body=body))
+    nodes = tuple(changed if n is node else n for n in c.graph.nodes)
+    return Case(c.label, replace(c.graph, inputs=(Value("x", t),), nodes=nodes), c.inputs)
+
+
 def test_what_is_missing_is_told_with_its_place() -> None:
     graph = one_region((ops.CumSum(0), ("x",)), inputs={"x": real(4)})
     with pytest.raises(Unsupported, match="cumsum"):

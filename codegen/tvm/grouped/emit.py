@@ -184,35 +184,45 @@ class _Kernel:
         return acc
 
     def _block(self, acc: list[list[list[Register]]], at: Index, codes: Index, tile: Index, tiles: int) -> None:
+        """The stored vectors of a block one after the other; with 2 bits and many rows in a loop that is not unrolled:
+        LLVM would begin all unpacking at once and keep it on the stack."""
         b, c = self.b, self.c
-        vectors, wide = c.tile[1], c.lanes * QUAD
-        lines = c.block // c.chunk * vectors
-        for n in range(c.block // c.chunk):
-            raws = []
-            for j in range(vectors):
-                place = at + (n * vectors + j) * wide
-                raws.append(b.let(b.load(self.weights, place, wide)))
-                self._prefetch(place, n * vectors + j, lines, at, tile, tiles)
-            for fields in self._at_once():
-                parts = {f: [self._field(raw, f) for raw in raws] for f in fields}
-                for i in range(len(acc)):
-                    a = {f: self._codes(codes + i * c.block + n * c.chunk + f * QUAD) for f in fields}
-                    for j in range(vectors):
-                        self._add(acc[i][j], [(f, parts[f][j], a[f]) for f in fields])
+        count, size = c.block // c.chunk, c.tile[1] * c.lanes * QUAD
+        self._prefetch(at, count * c.tile[1], tile, tiles)
+        if c.bits == 2 and c.rows > 1:
+            with b.loop(count + (b.begin >> 31), name="chunk") as n:  # begin is not negative
+                self._chunk(acc, b.index(at + n * size), b.index(codes + n * c.chunk))
+        else:
+            for n in range(count):
+                self._chunk(acc, at + n * size, codes + n * c.chunk)
+
+    def _chunk(self, acc: list[list[list[Register]]], at: Index, codes: Index) -> None:
+        b, c = self.b, self.c
+        wide = c.lanes * QUAD
+        raws = []
+        for j in range(c.tile[1]):
+            raws.append(b.let(b.load(self.weights, at + j * wide, wide)))
+            if c.rows == 1:
+                b.prefetch(self.weights, at + j * wide + AHEAD[c.bits])
+        for fields in self._at_once():
+            parts = {f: [self._field(raw, f) for raw in raws] for f in fields}
+            for i in range(len(acc)):
+                a = {f: self._codes(codes + i * c.block + f * QUAD) for f in fields}
+                for j in range(c.tile[1]):
+                    self._add(acc[i][j], [(f, parts[f][j], a[f]) for f in fields])
 
     def _at_once(self) -> list[list[int]]:
         """Fields that are unpacked together: where 16-bit sums of several save a widening; else registers are few."""
         every = list(range(self.c.fields))
         return [every] if self.c.isa == "avx2" and not self.c.words else [[f] for f in every]
 
-    def _prefetch(self, place: Index, line: int, lines: int, at: Index, tile: Index, tiles: int) -> None:
-        """One row: the stream ahead. More: every tile its share of the next panel."""
-        if self.c.rows == 1:
-            self.b.prefetch(self.weights, place + AHEAD[self.c.bits])
-        elif tiles > 1:
+    def _prefetch(self, at: Index, lines: int, tile: Index, tiles: int) -> None:
+        """Every tile of several asks for its share of the next panel."""
+        if tiles > 1:
             share = -(-lines // tiles)
-            if line < share:
-                self.b.prefetch(self.weights, at + self.c.panel_bytes + (tile * share + line) * (self.c.lanes * QUAD))
+            for line in range(share):
+                place = at + self.c.panel_bytes + (tile * share + line) * (self.c.lanes * QUAD)
+                self.b.prefetch(self.weights, place)
 
     def _field(self, raw: Vec, field: int) -> Vec:
         c = self.c

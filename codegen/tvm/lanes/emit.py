@@ -13,11 +13,13 @@ from bitwright.codegen.tvm.lanes.products import Operand, Products, products_of
 from bitwright.codegen.tvm.lanes.spec import WORD, LanesKnobs, Shape
 from bitwright.codegen.tvm.lanes.transpose import rows_to_lanes, transposed
 from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Register, choose, const, either, minimum, scalar, width
-from bitwright.ir.types import S32, U16
+from bitwright.ir.types import S32, S64, U16
 
 LINE = 64
 WIDE = 4
 """Vectors of outputs that are written together."""
+UNROLLED = 4
+"""Entries whose offsets are loaded together: loads limit kernels whose outputs share nothing."""
 ANY = 1 << 30
 """The declared size of packed streams: code that does not depend on it serves more layers."""
 
@@ -225,12 +227,31 @@ class _Writer:
                 for r in range(vectors)
             ]
             acc.append([b.register(shape.acc, shape.lanes, v, "acc") for v in starts])
-        with b.loop(end, start, name="entry") as e:
+        whole = b.index((end - start) // UNROLLED) if shared == 1 else 0
+        if shared == 1:
+            with b.loop(whole, name="entries") as chunk:
+                self._unrolled(acc[0], lanes, b.index(start + chunk * UNROLLED))
+        with b.loop(end, b.index(start + whole * UNROLLED), name="entry") as e:
             offset = b.index(b.load(self.offsets, e).cast(S32).expr)
             self._products(acc, lanes, offset, e)
         for o, row in enumerate(acc):
             for r, register in enumerate(row):
                 b.store(sums, where(o, r), register.get())
+
+    def _unrolled(self, acc: list[Register], lanes: Index, entry: Index) -> None:
+        """:data:`UNROLLED` entries of one output, whose offsets take one load and whose weights two."""
+        b, shape = self.b, self.shape
+        offsets = b.let(b.load(self.offsets, entry, UNROLLED).bits(S64))
+        for i in range(UNROLLED):
+            offset = b.index(((offsets >> (16 * i)) & 0xFFFF).cast(S32).expr)
+            if i % 2 == 0:
+                pair = b.let(b.load(self.weights, entry + i, 2).bits(S64))
+            raw = (pair if i % 2 == 0 else pair >> 32).cast(S32)
+            w = self.products.weight(b, b.let(raw), shape.lanes)
+            for r, register in enumerate(acc):
+                at = lanes + offset * (OFFSET // WORD) + r * shape.lanes
+                a = self.products.activations(b, b.load(self.scratch, at, shape.lanes))
+                register.set(self.products.mac(register.get(), a, w))
 
     def _products(self, acc: list[list[Register]], lanes: Index, offset: Index, entry: Index) -> None:
         b, shape, shared = self.b, self.shape, self.shape.knobs.shared

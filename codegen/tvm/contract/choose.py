@@ -31,8 +31,8 @@ _TILES = {  # (rows, vectors) of the register tile: dense, sparse
     ("u8s8", "portable"): ((2, 2), (2, 1)),
     ("f32", "avx512-vnni"): ((4, 4), (4, 4)),
     ("bf16", "avx512-vnni"): ((4, 4), (4, 4)),
-    ("f32", "avx-vnni"): ((4, 3), (2, 4)),
-    ("f32", "avx2"): ((4, 3), (2, 4)),
+    ("f32", "avx-vnni"): ((4, 3), (3, 2)),
+    ("f32", "avx2"): ((4, 3), (3, 2)),
     ("f32", "portable"): ((2, 2), (2, 1)),
 }
 _SAFE_PAIRS_TILE = (2, 4)

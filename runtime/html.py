@@ -65,6 +65,7 @@ def _section(report: Report) -> str:
             _speed(report),
             _passes_plot(report),
             "</div>",
+            _front(report),
             _layers(report),
             _refusals(report.refusals),
             _passes(report),
@@ -149,6 +150,21 @@ def _speed(report: Report) -> str:
         '<section class="card"><h2>Speed against the machine&rsquo;s limit</h2>'
         "<p>A dot is a layer; the bar above it is what this machine could do for it.</p>"
         f"{_legend([x for x in report.layers if x.operations])}{plot}</section>"
+    )
+
+
+def _front(report: Report) -> str:
+    """What each size or latency would have cost in accuracy, where formats were assigned within a budget."""
+    found = report.facts.get("precision-front") or {}
+    plot = plots.front_plot([(x, y) for x, y in found["points"]], tuple(found["chosen"])) if found else ""
+    if not plot:
+        return ""
+    rows = "".join(f"<li>{units.percent(x)} at loss {y:.3g}</li>" for x, y in found["points"])
+    return (
+        f'<section class="card"><h2>Formats: {escape(found["cost_of"])} against loss</h2>'
+        "<p>Each dot is the best assignment of its cost; the large one was taken. Loss: what the layers add to the "
+        f"model&rsquo;s loss, one at a time.</p>{plot}<details><summary>as figures</summary><ul>{rows}</ul></details>"
+        "</section>"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
@@ -122,6 +122,43 @@ def pass_bars(passes: Sequence[PassRow]) -> str:
     )
 
 
+def front_plot(points: Sequence[tuple[float, float]], chosen: tuple[float, float]) -> str:
+    """Loss over cost (a share of float) of the best assignments, a line of dots, and the one that was taken.
+
+    Both axes are logarithmic: points without loss or cost are left out. Empty with fewer than two points.
+    """
+    shown = sorted({(x, y) for x, y in points if x > 0 and y > 0})
+    if len(shown) < 2:
+        return ""
+    taken = [chosen] if min(chosen) > 0 else []
+    xs = _axis([x for x, _ in (*shown, *taken)], 84, 552)
+    ys = _axis([y for _, y in (*shown, *taken)], 298, 8)
+    parts = _grid(xs, ys, units.percent, lambda y: f"{y:.3g}")
+    parts.append('<text class="small" x="318" y="336" text-anchor="middle">cost, share of the float model</text>')
+    line = " ".join(f"{xs.at(x):.1f},{ys.at(y):.1f}" for x, y in shown)
+    parts.append(f'<polyline class="grid" fill="none" points="{line}"/>')
+    for style, radius, dots in (("float", 4, shown), ("sparse", 7, taken)):
+        for x, y in dots:
+            hint = f"{'taken: ' if style == 'sparse' else ''}{units.percent(x)} at loss {y:.3g}"
+            dot = f'<circle class="dot" cx="{xs.at(x):.1f}" cy="{ys.at(y):.1f}" r="{radius}"/>'
+            parts.append(f'<g class="{style}"><title>{escape(hint)}</title>{dot}</g>')
+    return _svg(560, 342, parts)
+
+
+def _grid(xs: _Axis, ys: _Axis, x_text: Callable[[float], str], y_text: Callable[[float], str]) -> list[str]:
+    """Lines and figures of both axes."""
+    parts = []
+    for x in xs.ticks():
+        at = xs.at(x)
+        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{ys.end}" y2="{ys.start}"/>')
+        parts.append(f'<text x="{at:.1f}" y="{ys.start + 18}" text-anchor="middle">{x_text(x)}</text>')
+    for y in ys.ticks():
+        at = ys.at(y)
+        parts.append(f'<line class="grid" x1="{xs.start}" x2="{xs.end}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{xs.start - 8}" y="{at + 4:.1f}" text-anchor="end">{y_text(y)}</text>')
+    return parts
+
+
 @dataclass(frozen=True, slots=True)
 class _Point:
     layer: Layer
@@ -171,15 +208,7 @@ def speed_plot(layers: Sequence[Layer]) -> str:
     left, right, top, bottom = 84, 552, 8, 298
     xs = _axis([p.intensity for p in points], left, right)
     ys = _axis([v for p in points for v in (p.speed, p.limit or p.speed)], bottom, top)
-    parts = []
-    for x in xs.ticks():
-        at = xs.at(x)
-        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{units.count(x)}</text>')
-    for y in ys.ticks():
-        at = ys.at(y)
-        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">{units.rate(y)}</text>')
+    parts = _grid(xs, ys, units.count, units.rate)
     middle = (left + right) / 2
     parts.append(f'<text class="small" x="{middle}" y="{bottom + 38}" text-anchor="middle">operations per byte</text>')
     parts += [_point(p, xs.at(p.intensity), ys.at(p.speed), ys.at(p.limit) if p.limit else None) for p in points]

@@ -117,3 +117,24 @@ def test_write_is_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
     with pytest.raises(BitwrightError, match="cannot write"):
         write_html(sample(), tmp_path / "missing" / "report.html")
+
+
+def test_the_front_of_cost_against_loss_is_drawn_and_tabled() -> None:
+    report = sample()
+    points = [[0.125, 0.04], [0.16, 0.01], [0.25, 0.002], [1.0, 0.0]]
+    report.facts["precision-front"] = {"cost_of": "size", "points": points, "chosen": [0.16, 0.01]}
+    text = page([report])
+    _Checker().feed(text)
+    assert "size against loss" in text
+    assert text.count("taken: ") == 1
+    drawn = text[text.index("size against loss") :].split("</svg>")[0]
+    assert drawn.count('r="4"') == 3  # what has no loss has no place on a logarithmic axis
+    assert "100 % at loss 0" in text  # but is in the list
+    xs = [float(pair.split(",")[0]) for pair in re.search(r'points="([^"]+)"', drawn)[1].split()]  # type: ignore[index]
+    assert xs == sorted(xs)
+
+
+def test_a_front_of_one_point_is_not_drawn() -> None:
+    report = sample()
+    report.facts["precision-front"] = {"cost_of": "size", "points": [[0.2, 0.1]], "chosen": [0.2, 0.1]}
+    assert "against loss" not in page([report])

@@ -147,7 +147,11 @@ def report(problem: Problem, plan: Allocation, context: Context, p: AssignPrecis
             loss_share=problem.losses[i][at] / plan.loss if plan.loss > 0 else 0.0, cost=problem.costs[i][at],
             of="; ".join(told),
         )  # fmt: skip
-    front = "; ".join(f"{cost:.1%} at loss {loss:.3g}" for cost, loss in problem.front(p.front))
+    points = problem.front(p.front)
+    front = "; ".join(f"{cost:.1%} at loss {loss:.3g}" for cost, loss in points)
+    context.facts["precision-front"] = {
+        "cost_of": problem.kind, "points": [list(x) for x in points], "chosen": [plan.cost, plan.loss],
+    }  # fmt: skip
     context.remark(
         p.name, "model", budget=p.budget, cost_of=problem.kind, cost=plan.cost, loss=plan.loss, bound=plan.bound,
         gap=plan.gap, float_cost=problem.whole, prices=problem.source, front=front,

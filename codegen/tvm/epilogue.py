@@ -10,11 +10,12 @@ from functools import cached_property
 from bitwright.codegen.tvm.contract.epilogue import EpilogueParam, one_by_one
 from bitwright.codegen.tvm.dyadic import Form, emit_form, packed_bytes
 from bitwright.codegen.tvm.pointwise import emit_pointwise, needs_exact, why_unsupported
+from bitwright.codegen.tvm.pointwise_convert import Convert
 from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, const
 from bitwright.codegen.tvm.vecmath import keep
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
-from bitwright.ir.types import BF16, U8, TensorType
+from bitwright.ir.types import BF16, F32, U8, TensorType
 
 _SCALED = (ops.Quantize, ops.Dequantize, ops.Requantize)
 _HEAVY = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish pow sin cos tan".split())
@@ -124,10 +125,21 @@ class PointwiseEpilogue:
                 result = emit_form(
                     b, n.op, args[0], args[1], args[2], forms[n.output], wide and n.output == self.body.outputs[0]
                 )
+            elif isinstance(n.op, ops.Quantize) and self._is_near(n):
+                result = Convert(b, self.isa, exact).quantize_near(n.op, *args)
             else:
                 result = emit_pointwise(b, n.op, args, isa=self.isa, exact=exact)
             values[n.output] = keep(b, result)
         return values[self.body.outputs[0]]
+
+    def _is_near(self, n: Node) -> bool:
+        """Whether a quantize reads a function that is approximated, so that its ties mean nothing."""
+        if len(n.inputs) != 3 or self.isa == "portable":
+            return False
+        maker = self.body.producers.get(n.inputs[0])
+        heavy = maker is not None and isinstance(maker.op, ops.Unary) and maker.op.fn in _HEAVY
+        floats = all(self.body.types[x].dtype == F32 for x in n.inputs[:2])
+        return heavy and floats and n.type.dtype.kind == "uint" and n.type.dtype.bits <= 8
 
     def _load(self, b: Builder, pointer: Pointer, t: TensorType, row: Index, col: Index, lanes: int) -> Vec:
         """The operand's values at (row, col .. col + lanes), broadcast as NumPy does."""

@@ -1,4 +1,4 @@
-"""Dyadic arithmetic: a real factor as a 31-bit multiplier and a shift, and what integer terms are made of."""
+"""Dyadic arithmetic: a real factor as a multiplier of up to 31 bits and a shift, and what integer terms are made of."""
 
 from __future__ import annotations
 

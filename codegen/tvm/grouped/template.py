@@ -19,7 +19,7 @@ from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph
 from bitwright.ir.target import Target
-from bitwright.ir.types import BF16, DType
+from bitwright.ir.types import BF16, NM, DType
 from bitwright.ir.weights import Array
 
 
@@ -72,6 +72,8 @@ class Grouped(Template):
             f"{w.dtype} {f'group {group}' if group else 'one group'}, {scales}, activations s8 per row; "
             f"{spec.bits}-bit weights unpacked in the kernel, tiles of {tall} rows x {vectors * spec.lanes} outputs"
         )
+        if isinstance(w.encoding, NM):
+            reason = f"runs dense: patterns have kernels for one scale an output (group=0); {reason}"
         return GroupedConfig(
             tasks=spec.panels, scratch_bytes=spec.scratch_bytes, args=tuple(args), isa=target.isa, mcpu=target.mcpu,
             reason=reason, spec=spec, weight=at[2], scale=at[3], zero=at[4] if spec.zeros else -1,

@@ -102,6 +102,11 @@ def test_zero_points_in_the_middle_vanish_and_others_stay() -> None:
     assert found(layer(np.full((8, 2), 8, np.uint8), "f32")) == (4, "s4", "f32")
 
 
+def test_a_pattern_with_group_scales_runs_dense_and_says_so() -> None:
+    program = bw.compile(model(), recipe="nm-mask{pattern=2:4}, weight-only{group=32}")
+    assert all(r.reason.startswith("runs dense: patterns have") for r in program.report.layers if r.weight)
+
+
 def test_groups_that_no_kernel_takes_stay_float_and_say_so() -> None:
     program = bw.compile(model(), recipe="weight-only{group=40}")
     reasons = [r.reason for r in program.report.refusals if r.place == "a"]

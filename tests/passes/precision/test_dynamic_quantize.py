@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from bitwright.ir.types import BF16, F32, TensorType, parse_dtype, parse_type
 from bitwright.passes._pass import Context
 from bitwright.passes.precision.dynamic_quantize import DynamicQuantize
 from bitwright.passes.precision.quantize_weights import QuantizeWeights
+from tests.codegen.harness import target
 
 
 def twins(group: int = 32) -> Graph:
@@ -90,3 +92,9 @@ def test_refusals(kind: str, coded: bool, why: str) -> None:
     assert DynamicQuantize().run(graph, context) is graph
     assert why in str(context.refusals[0])
     assert context.refusals[0].place == "fc"
+
+
+def test_targets_without_kernels_keep_their_activations() -> None:
+    graph, context = twins(), Context(replace(target(), kind="device", name="chip"))
+    assert DynamicQuantize().run(graph, context) is graph
+    assert {str(r.reason) for r in context.refusals} == {"target chip has no kernels for codes found at run time"}

@@ -11,7 +11,7 @@ from pathlib import Path
 from bitwright.cli_lists import sparse_text
 from bitwright.codegen.targets import BUILTIN
 from bitwright.ir import ops
-from bitwright.ir.target import Rate, Target
+from bitwright.ir.target import LanesRate, Rate, Target
 from bitwright.passes._pass import Pass
 from bitwright.passes._spec import show_option
 from bitwright.passes.pipelines import CANONICAL, RECIPES
@@ -87,10 +87,15 @@ def _target(t: Target) -> str:
         ("activations of integer layers", str(t.activation)),
         *((_rate(r), units.rate(r.ops_per_second)) for r in t.rates),
         ("sparse patterns, gain over dense", sparse_text(t)),
+        *((f"{r.x} in lanes, units shared by {r.shared}: time over dense", _lanes(r)) for r in t.lanes),
         ("where the numbers come from", t.source),
     ]
     table = "\n".join(f"| {k} | {v} |" for k, v in rows)
     return f"## {t.name}\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _lanes(r: LanesRate) -> str:
+    return f"{r.slope:g} of the share of 32-bit units that are kept, and {r.fixed:g}"
 
 
 def _rate(r: Rate) -> str:

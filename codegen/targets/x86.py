@@ -92,8 +92,8 @@ def _lanes(x: DType, *times: tuple[float, float]) -> tuple[LanesRate, ...]:
 
 
 _YMM_F32_LANES = _lanes(F32, (1.4, 0.03), (1.15, 0.02), (1.13, 0.02))
-_AVX512_F32_LANES = _lanes(F32, (1.5, 0.08), (1.15, 0.03), (1.02, 0.02))
-_AVX512_LANES = _lanes(U8, (1.55, 0.1), (1.05, 0.055), (1.0, 0.045)) + _AVX512_F32_LANES
+_AVX512_F32_LANES = _lanes(F32, (1.5, 0.095), (1.2, 0.03), (1.17, 0.015))
+_AVX512_LANES = _lanes(U8, (1.42, 0.115), (1.05, 0.06), (1.0, 0.05)) + _AVX512_F32_LANES
 _AVX_VNNI_LANES = _lanes(U8, (1.31, 0.044), (1.15, 0.025), (1.15, 0.025)) + _YMM_F32_LANES
 _AVX2_LANES = _lanes(U8, (1.02, 0.018), (1.02, 0.015), (1.01, 0.012)) + _YMM_F32_LANES
 _PORTABLE_LANES = _lanes(F32, (1.82, 0.01), (1.52, 0.01), (2.05, 0.02))

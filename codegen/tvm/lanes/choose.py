@@ -16,8 +16,9 @@ from bitwright.ir.types import NM, Encoding, Unstructured
 Array = NDArray[Any]
 _VECTORS = {16: {1: 8, 2: 8, 4: 4}, 8: {1: 8, 2: 4, 4: 2}}
 """Vectors of rows per outputs that share entries, by lanes: a load serves as many products as registers allow."""
-LANES_BYTES = 48 * 1024
-"""Activations of a K block (measured: 32 to 48 KiB with a first-level cache of 48)."""
+LANES_BYTES, SHARED_BYTES = 48 * 1024, 32 * 1024
+"""Activations of a K block (measured with a first-level cache of 48 KiB). Outputs that share nothing read few of them
+at a time and gain from fewer blocks; where others do not fit one block, they stream from smaller ones."""
 SHORT_BYTES, SHORT_VECTORS, MOST_VECTORS = 32 * 1024, 4, 8
 """A reduction so short is not cut: fewer rows leave it in the first-level cache together with their sums."""
 SUMS_BYTES = 256 * 1024
@@ -81,7 +82,8 @@ def default_knobs(
     needed = ceil(spec.rows / lanes)
     vectors = ceil(needed / ceil(needed / most))
     pitch = vectors * lanes * WORD
-    block = _block(units, max(1, LANES_BYTES // pitch), _period(encoding, quad_of(spec)))
+    near = LANES_BYTES if shared == 1 or units * pitch <= LANES_BYTES else SHARED_BYTES
+    block = _block(units, max(1, near // pitch), _period(encoding, quad_of(spec)))
     outputs = _outputs(spec.cols, pitch, ceil(needed / vectors), lanes * WIDE, block if block == units else 0)
     knobs = LanesKnobs(isa, vectors, shared, block, outputs, (), safe_pairs)
     counts = counts_of(kept, block)

@@ -29,19 +29,31 @@ Bytes = NDArray[np.uint8]
 MOST_ARGUMENTS = 40
 """Pointers that the repeating loop passes (a kernel takes as many of them as it knows)."""
 REPEAT_C = f"""
+#define _POSIX_C_SOURCE 199309L
 #include <stdint.h>
-#define N {MOST_ARGUMENTS}
+#include <time.h>
 typedef void (*kernel)(int32_t, int32_t, {", ".join(["void*"] * MOST_ARGUMENTS)});
-void bw_repeat(kernel f, int32_t tasks, void** sets, int32_t copies, int32_t calls) {{
+static double now(void) {{
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec + 1e-9 * t.tv_nsec;
+}}
+void bw_repeat(kernel f, int32_t tasks, void** a, uint8_t* other, int64_t other_bytes, uint8_t** warm,
+               const int64_t* warm_bytes, int32_t warm_count, int32_t calls, double* seconds) {{
   for (int32_t i = 0; i < calls; i++) {{
-    void** a = sets + (i % copies) * N;
+    for (int64_t n = 0; n < other_bytes; n += 64) other[n]++;
+    volatile uint8_t sink = 0;
+    for (int32_t w = 0; w < warm_count; w++)
+      for (int64_t n = 0; n < warm_bytes[w]; n += 64) sink += warm[w][n];
+    const double start = now();
     f(0, tasks, {", ".join(f"a[{i}]" for i in range(MOST_ARGUMENTS))});
+    seconds[i] = now() - start;
   }}
 }}
 """
+"""Calls as in a model: other layers have used ``other_bytes`` since the last one, the inputs were just written."""
 _GUARD = 256
 _FILL = 0xA5
-_COPIES_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class Request:
 
     ``tolerance``: largest error of float results relative to the largest value; 0.0 asks for equal bits, as integers
     are always asked. ``codes``: integer results computed from floats may differ by one step in one of a thousand.
-    ``cold_bytes``: the constants are rotated through so many bytes, as the layers of a model displace each other's.
+    ``cold_bytes``: so many other bytes are touched between two calls, as the other layers of a model do.
     ``seconds``: after so long the candidate counts as hung. ``memory``: bytes it may take.
     """
 
@@ -160,7 +172,8 @@ def check_and_time(request: Request) -> Outcome:
     default = _Bound(request.default, case, request)
     repeat = _open(request.repeat).bw_repeat
     repeat.restype = None
-    runs = [candidate.sampler(repeat, request.sample_seconds), default.sampler(repeat, request.sample_seconds)]
+    other = np.zeros(request.cold_bytes, np.uint8)
+    runs = [kernel.sampler(repeat, request.sample_seconds, other) for kernel in (candidate, default)]
     times: tuple[list[float], list[float]] = ([], [])
     for n in range(request.rounds):
         for which in (0, 1) if n % 2 else (1, 0):
@@ -170,7 +183,7 @@ def check_and_time(request: Request) -> Outcome:
 
 
 class _Bound:
-    """A loaded kernel with guarded buffers for its arguments, constants in as many copies as are rotated."""
+    """A loaded kernel with guarded buffers for its arguments."""
 
     def __init__(self, code: Code, case: Case, request: Request) -> None:
         self.code = code
@@ -179,13 +192,11 @@ class _Bound:
         self.inputs = [_guarded(a) for a in case.inputs]
         self.outputs = [_guarded(a) for a in case.outputs]
         self.scratch = _guarded(np.full(code.scratch_bytes, 0xFF, np.uint8))
-        size = max(1, sum(a.nbytes for a in code.packed))
-        copies = min(-(-request.cold_bytes // size), _COPIES_BYTES // size, 256) if code.packed else 1
-        self.packed = [[_guarded(a) for a in code.packed] for _ in range(max(1, copies))]
+        self.packed = [_guarded(a) for a in code.packed]
 
-    def pointers(self, copy: int) -> list[int]:
+    def pointers(self) -> list[int]:
         """Addresses in the order of the kernel's arguments."""
-        where = {"input": self.inputs, "output": self.outputs, "packed": self.packed[copy]}
+        where = {"input": self.inputs, "output": self.outputs, "packed": self.packed}
         found = [where[kind][index][1].ctypes.data for kind, index in self.code.args]
         return found + ([self.scratch[1].ctypes.data] if self.code.scratch_bytes else [])
 
@@ -195,7 +206,7 @@ class _Bound:
             view[...] = given
         for _, view in self.outputs:
             view.view(np.uint8).reshape(-1)[...] = _FILL
-        pointers = [ctypes.c_void_p(p) for p in self.pointers(0)]
+        pointers = [ctypes.c_void_p(p) for p in self.pointers()]
         middle = self.code.tasks // 2
         for begin, end in ((0, middle), (middle, self.code.tasks)):
             if begin < end:
@@ -203,10 +214,10 @@ class _Bound:
         for (_, view), given in zip(self.inputs, case.inputs, strict=True):
             if view.tobytes() != np.ascontiguousarray(given).tobytes():
                 return "it changed an input"
-        for (_, view), held in zip(self.packed[0], self.code.packed, strict=True):
+        for (_, view), held in zip(self.packed, self.code.packed, strict=True):
             if view.tobytes() != np.ascontiguousarray(held).tobytes():
                 return "it changed its weights"
-        for raw, view in [*self.inputs, *self.outputs, *self.packed[0], self.scratch]:
+        for raw, view in [*self.inputs, *self.outputs, *self.packed, self.scratch]:
             start = view.ctypes.data - raw.ctypes.data
             if (raw[:start] != _FILL).any() or (raw[start + view.nbytes :] != _FILL).any():
                 return "it wrote outside its buffers"
@@ -215,23 +226,27 @@ class _Bound:
             filter(None, (difference(got[1], want, request.tolerance, request.codes) for got, want in pairs)), ""
         )
 
-    def sampler(self, repeat: Any, seconds: float) -> Callable[[], float]:
-        """A function that gives seconds a call over one sample: of the thread's processor time if that is less."""
-        addresses: list[int] = []
-        for copy in range(len(self.packed)):
-            here = self.pointers(copy)
-            addresses += [*here, *[0] * (MOST_ARGUMENTS - len(here))]
-        sets = (ctypes.c_void_p * len(addresses))(*addresses)
+    def sampler(self, repeat: Any, seconds: float, other: Bytes) -> Callable[[], float]:
+        """A function that gives the median seconds of the calls of one sample (a call that the system interrupts, or
+        a neighbour slows, is an outlier)."""
+        here = self.pointers()
+        args = (ctypes.c_void_p * MOST_ARGUMENTS)(*here, *[0] * (MOST_ARGUMENTS - len(here)))
+        read = [self.inputs[i][1] for kind, i in self.code.args if kind == "input"]
+        warm = (ctypes.c_void_p * max(1, len(read)))(*[v.ctypes.data for v in read])
+        sizes = (ctypes.c_int64 * max(1, len(read)))(*[v.nbytes for v in read])
         function = ctypes.cast(self.call, ctypes.c_void_p)
 
         def run(calls: int) -> float:
-            own, wall = time.thread_time(), time.perf_counter()
-            repeat(function, self.code.tasks, sets, len(self.packed), calls)
-            wall = time.perf_counter() - wall
-            return min(wall, max(time.thread_time() - own, 1e-9)) / calls
+            times = (ctypes.c_double * calls)()
+            at = ctypes.c_void_p(other.ctypes.data)
+            repeat(
+                function, self.code.tasks, args, at, ctypes.c_int64(other.nbytes), warm, sizes, len(read), calls, times
+            )
+            return max(statistics.median(times), 1e-9)
 
-        once = run(max(2, len(self.packed)))
-        calls = max(1, round(seconds / max(once, 1e-8)))
+        began = time.perf_counter()
+        run(3)
+        calls = max(3, min(10_000, round(3 * seconds / max(time.perf_counter() - began, 1e-7))))
         return lambda: run(calls)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bitwright.codegen.build import constants_of, select
+from bitwright.codegen.build import constants_of, nbytes_of, select
 from bitwright.codegen.cost import cost_of
 from bitwright.codegen.tuning.measure import Case
 from bitwright.codegen.tuning.workload import describe, workload_key
@@ -32,7 +32,7 @@ class Task:
     """One workload of a model: a canonical body, weights of one of its layers, and how often it runs.
 
     ``predicted`` and ``limit``: seconds of one call by the cost model, and at the target's peak. ``template``: what
-    runs it untuned.
+    runs it untuned. ``cold_bytes``: what the rest of the model touches between two calls, as far as caches notice.
     """
 
     key: str
@@ -59,7 +59,9 @@ def tasks_of(graph: Graph, target: Target) -> list[Task]:
 
     graph, choices = select(graph, target)
     tasks: dict[str, Task] = {}
-    resident = sum(p.nbytes for c in choices.values() for p in c.packed)
+    touched = sum(p.nbytes for c in choices.values() for p in c.packed)
+    touched += sum(nbytes_of(t) for n in graph.nodes if isinstance(n.op, ops.Region) for t in n.types)
+    resident = min(touched, 2 * target.l2_bytes)
     for node in graph.nodes:
         if not isinstance(node.op, ops.Region):
             continue

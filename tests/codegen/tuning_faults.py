@@ -46,7 +46,7 @@ def request(kernels: bytes, name: str, repeat: bytes = b"", **more: Any) -> Requ
     args = (("input", 0), ("packed", 0), ("output", 0))
     codes = [Code(kernels, n, SIZE, 0, args, (w,)) for n in (name, "good")]
     cases = tuple(Case((v,), (v * w,)) for v in (x, -x))
-    quick: dict[str, Any] = {"rounds": 3, "sample_seconds": 1e-4, "seconds": 5.0} | more
+    quick: dict[str, Any] = {"rounds": 3, "sample_seconds": 1e-3, "seconds": 5.0} | more
     return Request(codes[0], codes[1], repeat or link_alone({"r.c": REPEAT_C.encode()}), cases, **quick)
 
 

@@ -63,7 +63,7 @@ class Form:
         return self.rows * (self.row_bytes + self.index_row_bytes)
 
     def __str__(self) -> str:
-        text = f"{self.bits} bits a weight"
+        text = f"{self.bits} {'bit' if self.bits == 1 else 'bits'} a weight"
         return f"{self.keep}:{self.group} with {self.index_bits}-bit indices, {text}" if self.sparse else text
 
 

@@ -75,6 +75,30 @@ def gather(rw: Rewriter, node: Node) -> bool:
     return True
 
 
+def rising(rw: Rewriter, node: Node) -> bool:
+    """relu(max_pool(x)) = max_pool(relu(x)), and so for clamp: the result can then join what computed x, and the pool
+    moves values of fewer bits. Padding never wins: below zero it would, and a window may lie in padding alone."""
+    g, (x,) = rw.graph, node.inputs
+    pool = made_by(g, x, ops.MaxPool)
+    if pool is None or not used_once(g, x) or not node.type.dtype.is_float or _only_padding(pool):
+        return False
+    if isinstance(node.op, ops.Unary) and node.op.fn != "relu":
+        return False
+    (inner,) = rw.of(pool.inputs[0])
+    first = rw.emit(node.op, inner, name=f"{node.output}.first", origin=node.origin)
+    rw.keep_as(node, pool.op, (first,))
+    return True
+
+
+def _only_padding(pool: Node) -> bool:
+    """Whether a window can lie in the padding alone, where the maximum is minus infinity."""
+    op = pool.op
+    assert isinstance(op, ops.MaxPool)
+    n = len(op.kernel)
+    spread = [d * (k - 1) for k, d in zip(op.kernel, op.dilation or (1,) * n, strict=True)]
+    return any(max(op.padding[a], op.padding[n + a]) > spread[a] for a in range(n)) if op.padding else False
+
+
 def unary(rw: Rewriter, node: Node) -> bool:
     """reciprocal(sqrt(x)) = rsqrt(x); not(not(x)) = neg(neg(x)) = x; relu(relu(x)) = relu(x)."""
     name, (x,) = node.op.fn, node.inputs  # type: ignore[attr-defined]

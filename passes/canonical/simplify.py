@@ -18,8 +18,8 @@ Rule = Callable[[Rewriter, Node], bool]
 
 RULES: Mapping[type[ops.Op], tuple[Rule, ...]] = {
     ops.Binary: (same.binary, same.expanded, around.add_bias),
-    ops.Unary: (same.unary,),
-    ops.Clamp: (same.clamp,),
+    ops.Unary: (same.unary, same.rising),
+    ops.Clamp: (same.clamp, same.rising),
     ops.Cast: (same.cast,),
     ops.Transpose: (same.transpose,),
     ops.Reshape: (same.reshape, around.linear_views),

@@ -339,3 +339,26 @@ def test_transposing_a_masked_matrix_turns_its_encoding(read: Read) -> None:
     after = Simplify().run(graph, Context())
     assert str(after.nodes[0].type) == "f32[4, 8] nm<2:4, axis=1>"
     assert np.array_equal(after.weights["w~1"].array, graph.weights["w"].array.T)
+
+
+def test_what_rises_goes_before_a_maximum(check: Any) -> None:
+    """So the relu joins the convolution, and the pool moves bytes; not where a window may lie in padding alone."""
+    check(
+        Simplify(),
+        before="""
+            graph @g (%x: f32[1, 3, 8, 8]) -> (a = %b, c = %d) level=graph {
+              %a = max_pool(%x) {kernel=[3, 3], stride=[2, 2], padding=[1, 1, 1, 1]} : f32[1, 3, 4, 4]
+              %b = relu(%a) : f32[1, 3, 4, 4]
+              %c = max_pool(%x) {kernel=[2, 2], stride=[2, 2], padding=[2, 0, 0, 0]} : f32[1, 3, 5, 4]
+              %d = clamp(%c) {lo=0.0, hi=6.0} : f32[1, 3, 5, 4]
+            }
+        """,
+        after="""
+            graph @g (%x: f32[1, 3, 8, 8]) -> (a = %b, c = %d) level=graph {
+              %b.first = relu(%x) : f32[1, 3, 8, 8]
+              %b = max_pool(%b.first) {kernel=[3, 3], stride=[2, 2], padding=[1, 1, 1, 1]} : f32[1, 3, 4, 4]
+              %c = max_pool(%x) {kernel=[2, 2], stride=[2, 2], padding=[2, 0, 0, 0]} : f32[1, 3, 5, 4]
+              %d = clamp(%c) {lo=0.0, hi=6.0} : f32[1, 3, 5, 4]
+            }
+        """,
+    )

@@ -1,9 +1,10 @@
 """Measure the contraction kernels on this machine, one thread, against the measured peak of the core.
 
-    python benchmarks/kernels.py [--only int8,f32,conv,avx2,attention] [--rounds 12]
+    python benchmarks/kernels.py [--only int8,f32,conv,shared,avx2,attention] [--rounds 12]
 
 Kernels of one table are interleaved; a sample is a batch of about 1.5 ms on the thread's CPU clock; the best of
-all rounds counts. "eff." is dense-equivalent: 2*M*N*K over time, whatever the sparsity.
+all rounds counts. Integer kernels store bytes, as layers do. "eff." is dense-equivalent: 2*M*N*K over time, whatever
+the sparsity.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from numpy.typing import NDArray
 
 from bitwright.codegen.instructions import x86
 from bitwright.codegen.tvm import adapter, contract
-from bitwright.codegen.tvm.contract import ContractSpec, Conv, KernelFunc, Knobs, Matrix, StoreAcc
+from bitwright.codegen.tvm.contract import ContractSpec, Conv, EpilogueParam, KernelFunc, Knobs, Matrix, StoreAcc
 from bitwright.codegen.tvm.contract.spec import Isa
 from bitwright.codegen.tvm.spelling import call
-from bitwright.codegen.tvm.tir import Builder, const, fma
+from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, const, fma
 from bitwright.ir.types import F32, NM, S8, S32, U8
 
 Array = NDArray[Any]
@@ -78,16 +79,30 @@ class Case:
         self.number = max(1, int(SAMPLE_NS / max(self.best, 1)))
 
 
+@dataclass(frozen=True)
+class StoreBytes(StoreAcc):
+    """What an integer layer stores: sums clamped to a byte (without the scale of a real epilogue)."""
+
+    @property
+    def params(self) -> Sequence[EpilogueParam]:
+        return (EpilogueParam("out", U8, self.rows * self.cols),)
+
+    def store(self, b: Builder, pointers: Mapping[str, Pointer], acc: Vec, row: Index, col: Index, valid: int) -> None:
+        b.store(pointers["out"], row * self.cols + col, acc.clip(0, 255).cast(U8), valid)
+
+
 def sparse_weights(spec: ContractSpec, rng: np.random.Generator) -> Array:
-    """Random weights that keep ``keep`` of every group (channels are the last axis while choosing)."""
+    """Random weights that keep ``keep`` of every group, the same ones for outputs that share a pattern (channels are
+    the last axis while choosing)."""
     shape = spec.weight_shape
     last = shape if len(shape) == 2 else (shape[0], *shape[2:], shape[1])
     dense = rng.integers(-127, 128, last).astype(spec.weight_dtype.numpy)
-    if spec.sparsity:
-        keep, group = spec.sparsity
-        score = rng.random((*last[:-1], last[-1] // group, group))
+    if spec.sparsity and spec.pattern:
+        (keep, group), shared = spec.sparsity, spec.pattern.shared
+        score = rng.random((-(-last[0] // shared), *last[1:-1], last[-1] // group, group))
         limit = np.sort(score, -1)[..., group - keep, None]
-        dense = dense * (score >= limit).reshape(last)
+        kept = (score >= limit).reshape(-1, *last[1:])
+        dense = dense * np.repeat(kept, shared, 0)[: last[0]]
     return dense if len(shape) == 2 else np.ascontiguousarray(dense.transpose(0, 3, 1, 2))
 
 
@@ -109,7 +124,8 @@ def case(
         g = spec.geometry
         knobs = change(contract.knobs(spec, isa))
         arrays.append(rng.standard_normal(g.batch * g.cols * g.depth).astype(np.float32))
-    func = contract.emit(spec, knobs, StoreAcc(spec.rows, spec.cols, spec.acc_dtype), "kernel")
+    store = StoreBytes if spec.element == "u8s8" else StoreAcc
+    func = contract.emit(spec, knobs, store(spec.rows, spec.cols, spec.acc_dtype), "kernel")
     function, seconds = load(func, isa)
     arrays.append(np.zeros(spec.rows * spec.cols, spec.acc_dtype.numpy))
     if func.scratch_bytes:
@@ -197,24 +213,42 @@ def conv_table(element: Any, rounds: int) -> None:
     table(f"{element} convolution", [*cases, peak(element)], rounds)
 
 
-def avx2_table(rounds: int) -> None:
-    dense = ContractSpec("u8s8", Matrix(128, 1536, 768))
-    cases = [case("dense, 7-bit weights", dense, "avx2", positive=True), case("dense, any weights", dense, "avx2")]
-    for p in ((2, 4), (1, 4)):
-        sparse = replace(dense, pattern=NM(*p, axis=1))
-        cases.append(case(f"{p[0]}:{p[1]}, 7-bit weights", sparse, "avx2", positive=True))
-        cases.append(case(f"{p[0]}:{p[1]}, any weights", sparse, "avx2"))
-    cases.append(case("dense, avx-vnni", dense, "avx-vnni"))
+def shared_table(element: Any, shape: tuple[int, int, int], isa: Isa, rounds: int) -> None:
+    """One pattern for 64, 32 and 16 outputs beside a pattern of every output's own."""
+    dense = ContractSpec(element, Matrix(*shape))
+    cases = [case("dense", dense, isa)]
+    for keep, group in ((2, 4), (1, 4), (2, 8), (1, 8), (2, 16)):
+        for shared in (1, 64, 32, 16):
+            spec = replace(dense, pattern=NM(keep, group, 1, shared))
+            label = f"{keep}:{group}" + (f", one for {shared} outputs" if shared > 1 else "")
+            cases.append(case(label, spec, isa))
+    sizes = "x".join(map(str, shape))
+    table(f"{element} {sizes} on {isa}, shared patterns", [*cases, peak(element)], rounds)
+
+
+def avx2_table(shape: tuple[int, int, int], rounds: int) -> None:
+    sizes = "x".join(map(str, shape))
+    dense = ContractSpec("u8s8", Matrix(*shape))
+    for positive, weights in ((True, "7-bit weights"), (False, "any weights")):
+        cases = [case(f"dense, {weights}", dense, "avx2", positive=positive)]
+        for keep, group in ((2, 4), (1, 4), (1, 8)):
+            for shared in (1, 64):
+                spec = replace(dense, pattern=NM(keep, group, 1, shared))
+                label = f"{keep}:{group}" + (", one for 64 outputs" if shared > 1 else "") + f", {weights}"
+                cases.append(case(label, spec, "avx2", positive=positive))
+        table(f"u8s8 {sizes} on avx2, {weights}", [*cases, peak("u8s8")], rounds)
+    cases = [case("dense, avx-vnni", dense, "avx-vnni")]
     cases.append(case("2:4, avx-vnni", replace(dense, pattern=NM(2, 4, axis=1)), "avx-vnni"))
     cases.append(case("dense, portable", dense, "portable"))
-    table("u8s8 128x1536x768 without AVX-512", [*cases, peak("u8s8")], rounds)
-    floats = ContractSpec("f32", Matrix(128, 1536, 768))
-    cases = [
-        case("dense f32 avx2", floats, "avx2"),
-        case("2:4 f32 avx2", replace(floats, pattern=NM(2, 4, axis=1)), "avx2"),
-    ]
+    cases.append(case("2:4, one for 64 outputs, portable", replace(dense, pattern=NM(2, 4, 1, 64)), "portable"))
+    table(f"u8s8 {sizes} without AVX-512", [*cases, peak("u8s8")], rounds)
+    floats = ContractSpec("f32", Matrix(*shape))
+    cases = [case("dense f32 avx2", floats, "avx2")]
+    for keep, group, shared in ((2, 4, 1), (2, 4, 64), (1, 4, 1), (4, 16, 1), (2, 16, 1)):
+        label = f"{keep}:{group}" + (f", one for {shared} outputs" if shared > 1 else "")
+        cases.append(case(f"{label} f32 avx2", replace(floats, pattern=NM(keep, group, 1, shared)), "avx2"))
     cases.append(case("dense f32 portable", floats, "portable"))
-    table("f32 128x1536x768 without AVX-512", [*cases, peak("f32")], rounds)
+    table(f"f32 {sizes} without AVX-512", [*cases, peak("f32")], rounds)
 
 
 def attention_table(rounds: int) -> None:
@@ -228,7 +262,7 @@ def attention_table(rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="int8,f32,conv,avx2,attention")
+    parser.add_argument("--only", default="int8,f32,conv,shared,avx2,attention")
     parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args()
     chosen, rounds = args.only.split(","), args.rounds
@@ -243,8 +277,13 @@ def main() -> None:
     if "conv" in chosen:
         conv_table("u8s8", rounds)
         conv_table("f32", rounds)
+    if "shared" in chosen:
+        for shape in ((128, 3072, 768), (128, 768, 3072)):
+            shared_table("u8s8", shape, "avx512-vnni", rounds)
+            shared_table("f32", shape, "avx512-vnni", rounds)
     if "avx2" in chosen:
-        avx2_table(rounds)
+        for shape in ((128, 3072, 768), (128, 768, 3072)):
+            avx2_table(shape, rounds)
     if "attention" in chosen:
         attention_table(rounds)
 

@@ -108,7 +108,8 @@ unrolling away changed the time by less than 3 % (references of the project, CPU
 def test_inner_loops_do_not_spill(isa: str, pattern: str, name: str, tmp_path: Path) -> None:
     element: Element = "f32" if isa in FLOATS else "u8s8"
     level: Isa = FLOATS.get(isa) or ("avx2" if isa == "avx2 pairs" else isa)  # type: ignore[assignment]
-    geometry = {"matrix": MATRIX, "small": SMALL, **IMAGES}[name]
+    geometries: dict[str, Matrix | Conv] = {"matrix": MATRIX, "small": SMALL, **IMAGES}
+    geometry = geometries[name]
     found = of_kernel(ContractSpec(element, geometry, PATTERNS[pattern]), level, tmp_path, isa == "avx2 pairs")
     assert found
     allowed = EXCEPTIONS.get((level, element, pattern, name), Moves(0, 0, 0))

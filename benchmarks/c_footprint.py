@@ -1,8 +1,8 @@
 """Flash and RAM of networks as freestanding C on Cortex-M cores, by recipe; results/c_footprint.md.
 
 Two networks with random weights: a keyword-spotting CNN of 50 thousand weights (input 49 x 10, the shape of Hello Edge,
-arXiv:1711.07128), and the CIFAR-10 network of the CMSIS-NN paper (arXiv:1801.06601, table 1), whose weights are 87.3 KiB
-in 8 bits there.
+arXiv:1711.07128), and the CIFAR-10 network of the CMSIS-NN paper (arXiv:1801.06601, table 1), whose weights are
+87.3 KiB in 8 bits.
 """
 
 from __future__ import annotations

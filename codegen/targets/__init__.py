@@ -22,7 +22,7 @@ def names() -> list[str]:
 
 
 def resolve(target: str | Target, *, calibrate: bool = True) -> Target:
-    """A target by name (``host``: this machine; ``*.toml``: a device's file); raises :class:`InvalidInput` for an unknown one."""
+    """A target by name (``host``: this machine; ``*.toml``: a device's file); raises :class:`InvalidInput`."""
     if isinstance(target, Target):
         return target
     if target == "host":

@@ -26,6 +26,6 @@ C = Target(
     activation=U8,
     source=(
         "no machine: the order of magnitude of a Cortex-M4 at 80 MHz, a multiply-accumulate in five cycles and its "
-        "loads (instruction timings of the Cortex-M4 technical reference manual); masks are kept for the bytes they save"
+        "loads (timings of the Cortex-M4 technical reference manual); masks are kept for the bytes they save"
     ),
 )

@@ -169,10 +169,10 @@ def working_set(graph: Graph, target: Target) -> int:
 
 
 def _bandwidth(nbytes: int, target: Target) -> float:
-    """Of the smallest cache that keeps so many bytes beside others."""
+    """Of the smallest cache that keeps so many bytes beside others, which share the last one with other cores."""
     if nbytes < target.l2_bytes // 2:
         return target.cache_bandwidth * target.costs.near
-    return target.cache_bandwidth if nbytes < target.l3_bytes // 2 else target.memory_bandwidth
+    return target.cache_bandwidth if nbytes < target.l3_bytes // 4 else target.memory_bandwidth
 
 
 def _weight_of(node: Node) -> str:
@@ -230,11 +230,7 @@ def _product_seconds(node: Node, body: Graph, target: Target, sparse: bool, gene
     if not rate or generic:
         return count * costs.generic / target.vector_ops_per_second, 2 * count / rate if rate else 0.0
     if isinstance(op, ops.Attention):
-        scores = count / int(x.shape[-1]) / 2
-        return (
-            2 * count / (rate * costs.attention) + scores * costs.softmax / target.vector_ops_per_second,
-            2 * count / rate,
-        )
+        return 2 * count / (rate * costs.attention), 2 * count / rate
     groups = getattr(op, "groups", 1)
     if groups > 1 and groups == w.shape[0]:
         each = costs.depthwise if w.dtype.bits > 8 else costs.depthwise_int

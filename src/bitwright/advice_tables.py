@@ -94,7 +94,7 @@ def show(console: Console, rows: Sequence[Advice], found: Plan | None) -> None:
         console.print(note, markup=False)
     able = [r for r in rows if r.best]
     console.print(
-        f"{len(able)} of {len(rows)} contractions gain at least {PAYS:g}x. Gains are predictions less a tenth, of "
+        f"{len(able)} of {len(rows)} contractions gain at least {PAYS:g}x. Gains are predictions less 15 %, of "
         "contractions alone; what is between them stays as it is. /64: one pattern for 64 outputs; 4x4: blocks of four "
         "inputs, one pattern for four outputs.", markup=False,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from bitwright.ir.errors import InvalidInput, did_you_mean
 if TYPE_CHECKING:
     from bitwright.codegen.devices.schema import Device
 
-_FOLDER = Path(__file__).resolve().parent / "library"
+_FOLDER = Path(__file__).resolve().parent / "builtin"
 
 
 @cache

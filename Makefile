@@ -46,6 +46,9 @@ bench: $(READY)  ## side-by-side measurements against peers; results in benchmar
 	$(PY) benchmarks/gemm.py
 	$(PY) benchmarks/footprint.py
 	$(PY) benchmarks/models.py --profile
+	$(PY) benchmarks/must_reach.py
+	$(PY) benchmarks/curves.py
+	$(PY) benchmarks/predictions.py
 	$(PY) benchmarks/masks.py
 	$(PY) benchmarks/accumulators.py
 	$(PY) benchmarks/allocation.py

@@ -154,7 +154,7 @@ def fitted(records: Sequence[Record], target: Target, rounds: int = 40) -> Targe
 
 
 def summary(records: Sequence[Record], target: Target) -> list[list[str]]:
-    """Median |error| by model, recipe and kind."""
+    """Median absolute error by model, recipe and kind."""
     rows = []
     groups: dict[str, list[Record]] = {"all": list(records)}
     for r in records:
@@ -242,7 +242,7 @@ def main() -> None:
     contractions = [r for r in records if r.contraction]
     middle = statistics.median(map(abs, errors(contractions, target)))
     text = tables.heading("Predicted against measured, layer by layer", env, "One thread, batch 1, untuned.")
-    text += f"\n- {len(contractions)} distinct contractions: median |error| {middle:.1%} (at most {MOST:.0%}): "
+    text += f"\n- {len(contractions)} distinct contractions: median of absolute errors {middle:.1%} (at most {MOST:.0%}): "
     text += f"{tables.verdict(middle <= MOST)}\n\n"
     told = promises(found, target)
     denied = [(p, m, r) for p, m, r in told if p > 1.1 and p > 1.1 * m]
@@ -253,13 +253,14 @@ def main() -> None:
     text += "".join(
         f"  - {r.model}, {r.recipe}, {r.layer}: promised {p:.2f}x, measured {m:.2f}x\n" for p, m, r in denied
     )
-    text += "\n" + tables.markdown(["", "layers", "median |error|", "90 %"], summary(records, target)) + "\n"
+    text += "\n" + tables.markdown(["", "layers", "median of errors", "90 %"], summary(records, target)) + "\n"
     text += tables.markdown(
         ["program", "layer", "operators", "us", "predicted us", "error"], lines(contractions, target)
     )
     print(text)
     if not (args.dry or args.quick):
-        data = [dataclasses.asdict(r) | {"predicted": predicted(r, target)} for r in records]
+        fields = ("model", "recipe", "layer", "op", "kernel", "seconds")
+        data = [{k: getattr(r, k) for k in fields} | {"predicted": predicted(r, target)} for r in records]
         tables.save("predictions", text, {"environment": env, "layers": data})
 
 

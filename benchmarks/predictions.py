@@ -242,8 +242,8 @@ def main() -> None:
     contractions = [r for r in records if r.contraction]
     middle = statistics.median(map(abs, errors(contractions, target)))
     text = tables.heading("Predicted against measured, layer by layer", env, "One thread, batch 1, untuned.")
-    text += f"\n- {len(contractions)} distinct contractions: median of absolute errors {middle:.1%} (at most {MOST:.0%}): "
-    text += f"{tables.verdict(middle <= MOST)}\n\n"
+    text += f"\n- {len(contractions)} distinct contractions: median of absolute errors {middle:.1%} "
+    text += f"(at most {MOST:.0%}): {tables.verdict(middle <= MOST)}\n"
     told = promises(found, target)
     denied = [(p, m, r) for p, m, r in told if p > 1.1 and p > 1.1 * m]
     text += (

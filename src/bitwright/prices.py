@@ -28,6 +28,8 @@ from bitwright.ir.target import Target
 from bitwright.ir.types import F32, NM
 
 REPEATS = 30
+_FORMAT = 1
+"""Part of every key: raise it when the meaning of a time or of a key changes."""
 
 
 @dataclass
@@ -58,7 +60,8 @@ class Prices:
 
     def _measured(self, node: Node, graph: Graph, bits: int, pattern: NM | None) -> float:
         types = [str(graph.types[x]) for x in node.inputs[:2]]
-        key = "|".join([self.target.name, self.target.isa, __version__, repr(node.op), *types, str(bits), str(pattern)])
+        asked = [repr(node.op), *types, str(bits), str(pattern)]
+        key = "|".join([f"format {_FORMAT}", self.target.fingerprint, __version__, *asked])
         if not self._read:
             self.known |= self._load()
             self._read = True

@@ -242,7 +242,7 @@ class _Bound:
             repeat(
                 function, self.code.tasks, args, at, ctypes.c_int64(other.nbytes), warm, sizes, len(read), calls, times
             )
-            return max(statistics.median(times), 1e-9)
+            return max(float(statistics.median(times)), 1e-9)
 
         began = time.perf_counter()
         run(3)

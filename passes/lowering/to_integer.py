@@ -48,8 +48,8 @@ class LowerToInteger(Pass):
           %h.acc = int_linear(%q, %w) {x_zero=8} : s32[1, 2]
           %y.bias = constant {values=[8, -4]} : s32[2]
           %y.biased = add(%h.acc, %y.bias) : s32[1, 2]
-          %y.multiplier = constant {values=[1073741824, 1073741824]} : s32[2]
-          %y.shift = constant {values=[32, 31]} : s32[2]
+          %y.multiplier = constant {values=[524288, 524288]} : s32[2]
+          %y.shift = constant {values=[21, 20]} : s32[2]
           %y.free = requantize(%y.biased, %y.multiplier, %y.shift) {dtype=u8, zero=8, axis=1} : u8[1, 2]
           %y = saturate(%y.free) {dtype=u8, lo=8} : u8[1, 2]
         }

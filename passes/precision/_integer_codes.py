@@ -143,7 +143,7 @@ def quantize_codes(
     wide += [empty.spread(t).expand(wide[0].shape) for t in (empty.scale, empty.zero)]
     step = max(1, PIECE * len(wide[0]) // max(1, w.numel()))
     dtype = torch.int8 if form.lo < 0 else torch.uint8
-    pieces = zip(*(t.split(step) for t in wide), strict=True)
+    pieces = zip(*(torch.split(t, step) for t in wide), strict=True)
     codes = torch.cat([form.round(v.double() / scale.double() + zero).to(dtype) for v, scale, zero in pieces])
     return empty._replace(codes=codes.reshape(w.shape))
 

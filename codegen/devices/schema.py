@@ -48,10 +48,13 @@ class Registers(_Table):
 
 
 class Vector(_Table):
-    """The unit for everything that is no contraction: cycles and joules an element and operator."""
+    """The unit for everything that is no contraction: cycles and joules an element and operator.
+
+    ``contractions``: whether it takes float contractions that no instruction runs; otherwise they are an error."""
 
     cycles: Annotated[float, Field(gt=0)] = 1.0
     energy: Joule = 0.0
+    contractions: bool = True
 
 
 class Instruction(_Table):

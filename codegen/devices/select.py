@@ -100,6 +100,16 @@ def padded_terms(work: Work, i: Instruction) -> int:
     return work.taps * work.channels
 
 
+def cure_of(device: Device) -> str:
+    """What makes layers fit the device: the pass that gives them its sums, where those are its own."""
+    small = [i.parsed.product.op for i in device.instruction if isinstance(i.parsed.product.op, ops.SmallLinear)]
+    if not small:
+        return "quantize to the formats of the device, or mask for it (`bitwright targets show`)"
+    op = small[0]
+    rounding = "" if op.rounding == "floor" else f" rounding={op.rounding}"
+    return f"the recipe small-float-sums{{product={op.product} acc={op.acc} chunk={op.chunk}{rounding}}}"
+
+
 def _told(i: Instruction) -> str:
     m = i.parsed
     mask = f" {m.pattern.keep}:{m.pattern.group}" if m.pattern else ""
@@ -111,8 +121,8 @@ def _refusal(node: Node, body: Graph, weight: Array | None, i: Instruction) -> s
     m = i.parsed
     x, w = (body.types[v] for v in node.inputs[:2])
     small = isinstance(node.op, ops.SMALL_FLOAT)
-    if small or isinstance(m.product.op, ops.SmallLinear):
-        return _other_sums(node, m.product.op)
+    if (small or isinstance(m.product.op, ops.SmallLinear)) and (why := _other_sums(node, m.product.op)):
+        return why
     for name, given, takes in (("x", x.dtype, m.x), ("w", w.dtype, m.w)):
         if not _values_fit(given, takes, weight if name == "w" else None):
             return f"takes {name} in {takes}, this is {given}"

@@ -14,7 +14,7 @@ import numpy as np
 
 from bitwright.codegen.devices.contract import product
 from bitwright.codegen.devices.schema import Device
-from bitwright.codegen.devices.select import Selected, select, work_of
+from bitwright.codegen.devices.select import Selected, cure_of, select, work_of
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput, Problem, Unsupported
 from bitwright.ir.graph import Graph, Node
@@ -82,9 +82,8 @@ def schedule(graph: Graph, device: Device) -> Schedule:
             if not isinstance(n.op, ops.CONTRACTION):
                 continue
             answer = select(n, body, weights.get(n.inputs[1]), device)
-            if isinstance(answer, str) and not n.type.dtype.is_float:
-                cure = "quantize to the formats of the device, or mask for it (`bitwright targets show`)"
-                problems.append(Problem(n.op.spelling, n.origin or n.output, answer, cure))
+            if isinstance(answer, str) and not (n.type.dtype.is_float and device.vector.contractions):
+                problems.append(Problem(n.op.spelling, n.origin or n.output, answer, cure_of(device)))
             elif isinstance(answer, str):
                 chosen[n.output] = Selected(work_of(n, body), None, 0, f"on the vector unit ({answer})")
             else:

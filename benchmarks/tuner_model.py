@@ -54,8 +54,8 @@ def shuffled(_: Sequence[Row], __: Sequence[float], new: Sequence[Row]) -> Any:
 
 def correlation(a: Any, b: Any) -> float:
     """Spearman's rank correlation."""
-    ranks = [np.argsort(np.argsort(v)).astype(float) for v in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(v)).astype(np.float64) for v in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bitwright.codegen.cache import Cache
 from bitwright.codegen.jobs import Job, compile_all
-from bitwright.codegen.link import find_compiler, link
+from bitwright.codegen.link import compiler_for, find_compiler, link
 from bitwright.codegen.main_c import Variant, main_c
 from bitwright.codegen.plan import Arg, Buffer, Plan, Step, plan
 from bitwright.ir import ops
@@ -82,7 +82,8 @@ def build(
     per row of each input and output. ``records``: measured kernels are taken from there.
     Raises :class:`Unsupported` listing every region without a kernel.
     """
-    find_compiler()  # its lack is told before kernels are compiled
+    cc = compiler_for(target.arch)
+    find_compiler(cc)  # its lack is told before kernels are compiled
     from bitwright.codegen.tvm.select import Order, compile_order
 
     graph, choices = select(graph, target, records)
@@ -105,7 +106,7 @@ def build(
         blob[at : at + flat.size] = flat
     notes: list[str] = []
     source = main_c([Variant(made, rows, tuple(row_inputs), tuple(row_outputs))], features=target.features)
-    library = link(symbols, source, openmp=True, notes=notes)
+    library = link(symbols, source, openmp=True, cc=cc, notes=notes)
     kernels = tuple(_kernel(n, choices[n.output]) for n in graph.nodes if n.output in choices)
     compiled = (cache.misses - before) if cache else len(jobs)
     return Built(library, blob, made, graph, kernels, source, compiled, tuple(notes))

@@ -83,13 +83,14 @@ def weight_bytes(t: TensorType, isa: str = "avx512-vnni", packed: bool = True) -
         return dense
     kept = t.size * t.encoding.density
     if t.dtype.bits > 8:
-        index_bits = 8 if isa == "portable" else 4
+        index_bits = 4 if isa.startswith("avx") else 8
     elif isa == "avx512-vnni":
         span = t.encoding.group * t.encoding.block
         index_bits = 2 if span <= 4 else 4 if span <= 16 else 8
     else:
         index_bits = 8
-        kept = max(kept, t.size / 4) if isa != "portable" else kept  # at least one of every four is stored
+        if isa not in ("portable", "vector"):
+            kept = max(kept, t.size / 4)  # at least one of every four is stored
     return kept * (bits + index_bits) / 8
 
 

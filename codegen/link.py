@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bitwright.codegen.c.toolchain import TOOLCHAINS
 from bitwright.ir.errors import BitwrightError
 
 _FLAGS = ("-std=c99", "-O2", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-w")
@@ -34,6 +36,20 @@ def find_compiler(cc: str | None = None) -> list[str]:
         f"no C compiler found (tried {tried}); linking a program needs one:"
         " install gcc or clang, or name it in BITWRIGHT_CC"
     )
+
+
+def compiler_for(arch: str) -> str | None:
+    """The cross compiler for another architecture, None for this machine's own compiler.
+
+    Raises :class:`BitwrightError` that says what to install, or that no such compiler is known.
+    """
+    if arch == platform.machine():
+        return None
+    if arch not in TOOLCHAINS:
+        raise BitwrightError(f"no cross compiler for {arch} is known; there are {', '.join(TOOLCHAINS)}")
+    if shutil.which(TOOLCHAINS[arch].compiler) is None:
+        raise BitwrightError(f"linking for {arch}: {TOOLCHAINS[arch].missing()}")
+    return TOOLCHAINS[arch].compiler
 
 
 def link(

@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from bitwright.cli_lists import sparse_text
-from bitwright.codegen.targets import BUILTIN
+from bitwright.codegen.targets import BUILTIN, CROSS
 from bitwright.ir import ops
 from bitwright.ir.target import LanesRate, Rate, Target
 from bitwright.passes._pass import Pass
@@ -72,14 +72,14 @@ def targets_page() -> str:
         "A target is data: it never asks the machine. `host` is this machine: the best of the targets below that it"
         " can run, with its own caches and core count, and speeds measured once. Costs are for one core.\n"
     )
-    parts += [_target(t) for t in BUILTIN.values()]
+    parts += [_target(t) for t in (BUILTIN | CROSS).values()]
     return "\n".join(parts)
 
 
 def _target(t: Target) -> str:
     caches = ", ".join(units.size(b) for b in (t.l1_bytes, t.l2_bytes, t.l3_bytes))
     rows = [
-        ("kind, instruction set", f"{t.kind}, {t.isa} (`-mcpu={t.mcpu}`)"),
+        ("kind, instruction set", f"{t.kind}, {t.isa} (`{t.mcpu if t.mcpu.startswith('-') else f'-mcpu={t.mcpu}'}`)"),
         ("features", " ".join(f"`{f}`" for f in t.features) or "none beyond the architecture's"),
         ("vectors", f"{t.vector_registers} registers of {t.vector_bits} bits"),
         ("caches", caches),

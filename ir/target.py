@@ -12,7 +12,8 @@ from typing import Literal
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.types import NM, S8, U8, DType, Encoding, Unstructured
 
-Isa = Literal["avx512-vnni", "avx-vnni", "avx2", "portable"]
+Isa = Literal["avx512-vnni", "avx-vnni", "avx2", "portable", "neon-i8mm", "neon-dot", "vector"]
+"""``portable``: x86-64 as it began. ``vector``: whatever LLVM makes of vectors, fused multiply-add included."""
 
 
 def in_bytes(dtype: DType) -> DType:
@@ -128,6 +129,8 @@ class LanesRate:
 class Target:
     """A machine as the passes and the code generator see it. Costs are for one core.
 
+    ``mcpu``: the processor by LLVM's name; for other machines than x86-64 LLVM's options instead, as in
+    ``-mtriple=aarch64-linux-gnu -mcpu=generic -mattr=+v8.6a,+i8mm``.
     bandwidths in bytes per second (``cache``: of the last level); ``rates`` for dense contractions, ``sparse`` for
     N:M ones; ``activation`` is the 8-bit format its integer contractions take on the left.
     """
@@ -165,6 +168,11 @@ class Target:
         for s in self.sparse:
             if not 0 < s.gain <= s.group / s.keep * 1.5:
                 raise InvalidInput(f"target {self.name}: {s.keep}:{s.group} cannot gain {s.gain} times")
+
+    @property
+    def arch(self) -> str:
+        """The architecture as ``uname -m`` says it, and as artifacts do."""
+        return self.mcpu.partition("-mtriple=")[2].partition("-")[0] or "x86_64"
 
     def rate(self, x: DType, w: DType, partial: DType | None = None, terms: int = 0) -> float:
         """Operations per second of a dense contraction; 0.0 when the target has none for these operands. Formats

@@ -12,7 +12,7 @@ import platform
 import struct
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,10 @@ def host_features() -> frozenset[str] | None:
 def check_host(features: Iterable[str], arch: str = "") -> None:
     """Raise :class:`InvalidInput` naming the features this processor lacks."""
     if arch and arch != platform.machine():
-        raise InvalidInput(f"the program is for {arch}, this machine is {platform.machine()}: compile it again here")
+        raise InvalidInput(
+            f"the program is for {arch}, this machine is {platform.machine()}: compile it again here, or run it"
+            " emulated (bitwright run --emulate, bitwright.emulate)"
+        )
     have = host_features()
     lacking = [] if have is None else [f for f in features if _plain(f) not in have]
     if lacking:
@@ -102,15 +105,14 @@ class Library:
         check_host(self.info.get("features", ()))
         self.openmp = bool(self.info.get("openmp")) and _keep_openmp(self._library)
         pointers: list[Any] = [ctypes.c_void_p] * 5
-        self.run = self._library.bw_run
-        self.run.argtypes = [*pointers, ctypes.c_int, ctypes.c_int64]
-        self.run.restype = ctypes.c_int
-        self.profile = self._library.bw_profile
-        self.profile.argtypes = [*pointers, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p]
-        self.profile.restype = ctypes.c_int
-        self.trace = self._library.bw_trace
-        self.trace.argtypes = [*pointers, ctypes.c_int64, ctypes.c_int]
-        self.trace.restype = ctypes.c_int
+        run, profile, trace = self._library.bw_run, self._library.bw_profile, self._library.bw_trace
+        run.argtypes = [*pointers, ctypes.c_int, ctypes.c_int64]
+        profile.argtypes = [*pointers, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p]
+        trace.argtypes = [*pointers, ctypes.c_int64, ctypes.c_int]
+        run.restype = profile.restype = trace.restype = ctypes.c_int
+        self.run: Callable[..., int] = run
+        self.profile: Callable[..., int] = profile
+        self.trace: Callable[..., int] = trace
 
     def _read_info(self) -> dict[str, Any]:
         try:
@@ -134,6 +136,22 @@ class Library:
         if self._handle is not None:
             _close(self._handle)
             self._handle = None
+
+
+class Elsewhere(Library):
+    """Stands for the library of a program that another architecture runs: it can be saved, not called."""
+
+    def __init__(self, weights: NDArray[np.uint8], manifest: Manifest) -> None:
+        self._handle = None
+        self.manifest, self.weights, self.weights_address = manifest, weights, address_of(weights)
+        self.info, self.openmp = {}, False
+
+    def run(self, *_: Any) -> int:
+        """Raises :class:`InvalidInput`: it cannot run here."""
+        check_host(self.manifest.features, self.manifest.arch)
+        raise AssertionError("made for this machine")
+
+    profile = trace = run
 
 
 class _Symbol(ctypes.Structure):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from bitwright.ir.errors import BitwrightError, InvalidInput, did_you_mean
 from bitwright.ir.types import parse_dtype
 from bitwright.runtime.artifact import Contents, read, write
 from bitwright.runtime.manifest import Manifest, TensorSpec
-from bitwright.runtime.native import Library, address_of, aligned, failed, team_starts
+from bitwright.runtime.native import Elsewhere, Library, address_of, aligned, failed, team_starts
 from bitwright.runtime.report import Report
 
 Array = NDArray[Any]
@@ -88,10 +89,10 @@ class Program:
     idle threads wait 0.2 ms for work before they sleep unless ``OMP_WAIT_POLICY`` or ``GOMP_SPINCOUNT`` is set.
     """
 
-    def __init__(self, contents: Contents, *, threads: int | None = None) -> None:
+    def __init__(self, contents: Contents, *, threads: int | None = None, library: Library | None = None) -> None:
         self._contents = contents
         manifest = self.manifest = contents.manifest
-        self._library: Library | None = Library(contents.library, contents.weights, manifest)
+        self._library: Library | None = library or Library(contents.library, contents.weights, manifest)
         self._inputs = tuple(_Port(t, manifest) for t in manifest.inputs)
         self._outputs = tuple(_Port(t, manifest) for t in manifest.outputs)
         self.input_names = tuple(t.name for t in manifest.inputs)
@@ -102,6 +103,13 @@ class Program:
         self._report: Report | None = None
         self._threads = 1
         self.threads = manifest.threads if threads is None else threads
+
+    @classmethod
+    def compiled(cls, contents: Contents, threads: int | None = None) -> Program:
+        """The program just compiled: one for another architecture can be saved and emulated, calling it raises."""
+        there = contents.manifest.arch
+        library = Elsewhere(contents.weights, contents.manifest) if there and there != platform.machine() else None
+        return cls(contents, threads=threads, library=library)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, threads: int | None = None, verify: bool = True) -> Program:
@@ -335,7 +343,7 @@ class Program:
 
 
 def _unpickle(contents: Contents, threads: int) -> Program:
-    return Program(contents, threads=threads)
+    return Program.compiled(contents, threads)
 
 
 def _thread_count(count: int) -> int:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bitwright.codegen.devices import library
-from bitwright.codegen.targets import c99, x86
+from bitwright.codegen.targets import arm, c99, riscv, x86
 from bitwright.codegen.targets.x86_bf16 import AVX512_BF16
 from bitwright.ir.errors import InvalidInput, did_you_mean
 from bitwright.ir.target import Target
 
 BUILTIN: dict[str, Target] = {t.name: t for t in (AVX512_BF16, x86.AVX512_VNNI, x86.AVX_VNNI, x86.AVX2, x86.PORTABLE)}
 """Machines that programs are loaded on."""
+CROSS: dict[str, Target] = {t.name: t for t in (arm.AARCH64, arm.DOTPROD, arm.NEON, riscv.RISCV64_V, riscv.RISCV64)}
+"""Machines that programs are compiled for here and loaded on elsewhere, or emulated."""
 SOURCES: dict[str, Target] = {c99.C.name: c99.C}
 """What sources are written for."""
 
 
 def names() -> list[str]:
     """What ``--target`` takes."""
-    return ["host", *BUILTIN, *SOURCES, *library.names()]
+    return ["host", *BUILTIN, *CROSS, *SOURCES, *library.names()]
 
 
 def resolve(target: str | Target, *, calibrate: bool = True) -> Target:
@@ -29,7 +31,7 @@ def resolve(target: str | Target, *, calibrate: bool = True) -> Target:
         return host(calibrate=calibrate)
     if library.is_device(target):
         return library.find_device(target).target()
-    known = BUILTIN | SOURCES
+    known = BUILTIN | CROSS | SOURCES
     if target not in known:
         raise InvalidInput(
             f"unknown target {target!r}{did_you_mean(target, names())}; `bitwright targets` lists them all"

@@ -59,8 +59,14 @@ MACHINES = {
 
 
 def machine(isa: str) -> Machine:
-    """The machine of an instruction-set level, or of an LLVM processor name."""
-    return MACHINES.get(isa) or Machine(isa)
+    """The machine of an instruction-set level, of an LLVM processor name, or of LLVM's options."""
+    if not isa.startswith("-"):
+        return MACHINES.get(isa) or Machine(isa)
+    given = {key.lstrip("-"): value for key, _, value in (word.partition("=") for word in isa.split())}
+    if unknown := set(given) - {"mcpu", "mtriple", "mattr", "mabi"}:
+        raise InvalidInput(f"LLVM options {isa!r}: {', '.join(sorted(unknown))} is none of mcpu, mtriple, mattr, mabi")
+    mattr = tuple(filter(None, given.get("mattr", "").split(",")))
+    return Machine(given.get("mcpu", "generic"), given.get("mtriple", ""), mattr, given.get("mabi", ""))
 
 
 @cache

@@ -148,7 +148,7 @@ def _choice(
 
 def compile_order(order: Order) -> bytes:
     """Emit and compile one kernel: the object file's bytes. Runs in compile workers."""
-    from bitwright.codegen.tvm.adapter import Machine, build_object
+    from bitwright.codegen.tvm.adapter import build_object, machine
 
     func = templates()[order.template].emit(order.body, order.config, order.symbol)
-    return build_object([func], Machine(order.config.mcpu))
+    return build_object([func], machine(order.config.mcpu))

@@ -51,6 +51,7 @@ _LAZY = {
             "verify",
         )
     },
+    "emulate": "bitwright.emulation",
     "Graph": "bitwright.ir.graph",
     "Target": "bitwright.ir.target",
     "Program": "bitwright.runtime.program",
@@ -82,6 +83,7 @@ __all__ = [
     "compile",
     "compile_c",
     "constrained_training",
+    "emulate",
     "errors",
     "load",
     "load_graph",

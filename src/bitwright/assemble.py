@@ -112,7 +112,7 @@ def assemble(
     chosen = {k.node.output: k.record for k in built.kernels if k.record}
     manifest = manifest.model_copy(update={"certificates": proofs, "tuning": chosen})
     contents = Contents(manifest, show(built.graph), built.library, built.weights, report.to_json())
-    program = Program(contents, threads=threads)
+    program = Program.compiled(contents, threads)
     return with_measured(program, example_inputs(program, done.context.calibration)) if measure else program
 
 
@@ -237,7 +237,7 @@ def _manifest(
         StepRow(label=s.label, kernel=s.kernel_symbol, rows=rows, result=results.get(s.label)) for s in built.plan.steps
     )
     return Manifest(
-        name=graph.name, target=target.name, arch="x86_64", inputs=inputs, outputs=outputs, batch=symbol,
+        name=graph.name, target=target.name, arch=target.arch, inputs=inputs, outputs=outputs, batch=symbol,
         chunks=(rows,), arena_bytes=built.plan.arena_bytes, scratch_bytes=built.plan.scratch_bytes,
         weights_bytes=built.plan.weights_bytes, threads=threads, features=target.features,
         versions={"bitwright": __version__, "python": platform.python_version()}, steps=steps,

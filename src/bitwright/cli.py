@@ -146,11 +146,13 @@ def run(
     input: Annotated[Path, typer.Option("--input", "-i", help=".npz with the inputs by name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help=".npz to write, outputs by name.")],
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; else as compiled.")] = None,
+    emulate: Annotated[bool, typer.Option("--emulate", help="A program for another architecture, by QEMU.")] = False,
 ) -> None:
     """Run a program on inputs from a file."""
     from bitwright import cli_io, cli_show
+    from bitwright.emulation import emulate as emulated
 
-    loaded = _program(program)
+    loaded = emulated(program) if emulate else _program(program)
     arrays = cli_io.named(cli_io.load_arrays(input), loaded.input_names, str(input))
     result = loaded(*arrays.values(), threads=threads)
     results = result if isinstance(result, tuple) else (result,)

@@ -11,9 +11,9 @@ from bitwright.runtime import units
 
 def targets() -> None:
     """A row per built-in target, and this machine's."""
-    from bitwright.codegen.targets import BUILTIN, SOURCES, host
+    from bitwright.codegen.targets import BUILTIN, CROSS, SOURCES, host
 
-    rows = [target_row(t) for t in (host(calibrate=False), *BUILTIN.values(), *SOURCES.values())]
+    rows = [target_row(t) for t in (host(calibrate=False), *(BUILTIN | CROSS | SOURCES).values())]
     cli_show.console().print(cli_show.table(["target", ">vector", ">peak", "sparse patterns", "where from"], rows))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
 from bitwright.ir.infer import bind_graph
 from bitwright.ir.interpret import evaluate, to_numpy
+from bitwright.runtime.program import Program
 
 Array = np.ndarray[Any, Any]
 ROUNDING = 1e-6
@@ -113,6 +115,10 @@ def _machine_row(
     program = driver.compile(graph, target=machine, recipe=recipe, calibration=data, batch=batch)
     figures = program.report.figures
     common = (figures["weight_bytes"] or 0.0, figures["arena_bytes"] or 0.0, None)
+    if machine.arch != platform.machine():
+        outputs, note = _emulated(program, inputs)
+        error = None if outputs is None else _distance(outputs, plain)
+        return Row(target, recipe, figures["predicted_seconds"], "predicted", *common, error, outputs, note)
     if not able:
         return Row(
             target, recipe, figures["predicted_seconds"], "predicted", *common, None, None, "this CPU cannot run it"
@@ -122,6 +128,17 @@ def _machine_row(
     given = example_inputs(program, [tuple(inputs)])
     seconds = sum(s.seconds for s in program.profile(*given, repeats=20))
     return Row(target, recipe, seconds, "measured", *common, _distance(outputs, plain), outputs, "one thread")
+
+
+def _emulated(program: Program, inputs: list[Array]) -> tuple[tuple[Array, ...] | None, str]:
+    """Outputs of a program for another architecture, or why there are none."""
+    from bitwright.emulation import emulate, emulator_of
+
+    chain = emulator_of(program.manifest.arch)
+    if why := chain.missing():
+        return None, why
+    result = emulate(program)(*inputs)
+    return result if isinstance(result, tuple) else (result,), f"emulated by {chain.emulator}"
 
 
 def _c_row(graph: Graph, target: str, recipe: str, data: Any, batch: int, plain: tuple[Array, ...]) -> Row:

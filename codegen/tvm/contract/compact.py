@@ -25,6 +25,8 @@ _REACH = {  # activations that a selection reaches in one register
     ("u8s8", "avx512-vnni"): 64,
     ("u8s8", "avx-vnni"): 16,
     ("u8s8", "avx2"): 16,
+    ("u8s8", "neon-i8mm"): 16,
+    ("u8s8", "neon-dot"): 16,
     ("f32", "avx512-vnni"): 16,
     ("f32", "avx-vnni"): 8,
     ("f32", "avx2"): 8,

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bitwright.codegen.instructions import x86
+from bitwright.codegen.instructions import arm, x86
 from bitwright.codegen.instructions.core import Instruction
 from bitwright.codegen.tvm.contract import lowbit
 from bitwright.codegen.tvm.contract.plan import Plan, Selector, Step
-from bitwright.codegen.tvm.contract.spec import LANES, ContractSpec, Knobs
+from bitwright.codegen.tvm.contract.spec import LANES, NEON, ContractSpec, Knobs
 from bitwright.codegen.tvm.spelling import call
 from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, concat, const, constants, fma, shuffle
-from bitwright.ir.types import F32, S16, S32, S64, U8, U16, U32, DType
+from bitwright.ir.types import F32, S8, S16, S32, S64, U8, U16, U32, DType
 
 Operand = tuple[Vec, ...]
 """A prepared operand of a multiply-accumulate (one or more vectors)."""
@@ -147,6 +147,28 @@ class DotBytes(Bytes):
 
     def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
         return call(self.dot, acc, a[0], w[0])
+
+
+@dataclass(frozen=True)
+class ShiftedBytes(Bytes):
+    """sdot of activations less 128, and 128 times the sum of the weights, which every row of a tile shares: exact."""
+
+    @property
+    def biased(self) -> bool:
+        return True
+
+    def _activations(self, b: Builder, a: Vec) -> Operand:
+        return (b.let(a ^ 0x80),)
+
+    def weights(self, b: Builder, w: Pointer, at: Index, part: int = 0) -> Operand:
+        raw = b.load(w, at, self.lanes * 4)
+        plain = b.let(raw if self.bits == 8 else lowbit.as_bytes(raw, self.bits, part))
+        half = const(64, S8, self.lanes * 4)
+        sums = call(arm.SDOT, call(arm.SDOT, const(0, S32, self.lanes), plain, half), plain, half)
+        return plain, b.let(sums)
+
+    def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
+        return call(arm.SDOT, acc, a[0], w[0]) + w[1]
 
 
 @dataclass(frozen=True)
@@ -298,7 +320,7 @@ class Generic(Engine):
 
 @dataclass(frozen=True)
 class GenericFma(Generic):
-    """Generic selection with fused multiply-add (groups no vpermps reaches)."""
+    """Generic selection with fused multiply-add (groups no vpermps reaches, machines without one)."""
 
     def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
         return fma(a[0], w[0], acc)
@@ -326,6 +348,9 @@ def engine_of(spec: ContractSpec, knobs: Knobs) -> Engine:
     lanes = LANES[knobs.isa]
     if knobs.isa == "portable":
         return Generic(lanes, 1, _ANY, spec.acc_dtype, U8, 1, bits=knobs.register_bits if spec.element == "u8s8" else 8)
+    if knobs.isa == "vector" or (spec.element == "f32" and knobs.isa in NEON):
+        kind = Generic if spec.element == "u8s8" else GenericFma
+        return kind(lanes, 1, _ANY, spec.acc_dtype, U8, 1, bits=knobs.register_bits if spec.element == "u8s8" else 8)
     if spec.element == "bf16":
         return _HALVES_512
     if spec.element == "f32":
@@ -343,5 +368,9 @@ def _bytes(knobs: Knobs) -> Engine:
     selector = _BYTES_256_COMPACT if knobs.compact else _BYTES_256
     if knobs.isa == "avx-vnni":
         return DotBytes(8, 4, selector, S32, U8, 4, x86.VPSHUFB_256, x86.VPDPBUSD_256, bits=knobs.register_bits)
+    if knobs.isa == "neon-i8mm":
+        return DotBytes(4, 4, selector, S32, U8, 4, arm.TBL, arm.USDOT, bits=knobs.register_bits)
+    if knobs.isa == "neon-dot":
+        return ShiftedBytes(4, 4, selector, S32, U8, 4, arm.TBL, bits=knobs.register_bits)
     kind = PairBytes if knobs.safe_pairs else WideBytes
     return kind(8, 4, selector, S32, U8, 4, x86.VPSHUFB_256, bits=knobs.register_bits)

@@ -1,8 +1,9 @@
 """Weights below 8 bits: several consecutive steps share a vector, each byte of it holding one weight of every step.
 
-VNNI kernels move a weight to the top of its byte, w * 2^(8-bits), which takes a shift and a mask (the last field: a
-mask only), and shift the finished sums right: exact as long as the scaled sum fits 32 bits. Kernels of 16-bit products
-need the weights themselves: they are stored counted from the smallest, and one subtraction gives the sign back.
+VNNI and usdot kernels move a weight to the top of its byte, w * 2^(8-bits), which takes a shift and a mask (the last
+field: a mask only), and shift the finished sums right: exact as long as the scaled sum fits 32 bits. Kernels of 16-bit
+products and of sdot need the weights themselves: they are stored counted from the smallest, and one subtraction gives
+the sign back.
 Source: references of the project, CPU kernels, section 3.
 """
 
@@ -45,7 +46,7 @@ def refusal(spec: ContractSpec, knobs: Knobs) -> str:
 
 def scaled(knobs: Knobs) -> bool:
     """Whether sums come out 2^(8-bits) times too large."""
-    return knobs.register_bits < 8 and knobs.isa.endswith("vnni")
+    return knobs.register_bits < 8 and knobs.isa in ("avx512-vnni", "avx-vnni", "neon-i8mm")
 
 
 # --- the arrays --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from math import ceil
 
 import numpy as np
 
-from bitwright.codegen.instructions import x86
+from bitwright.codegen.instructions import arm, x86
 from bitwright.codegen.tvm.contract.address import emit_image, image_bytes, row_bases
 from bitwright.codegen.tvm.contract.compact import (
     Array,
@@ -27,7 +27,7 @@ from bitwright.codegen.tvm.contract.epilogue import Epilogue
 from bitwright.codegen.tvm.contract.lowbit import scaled
 from bitwright.codegen.tvm.contract.nest import Nest, nest_of
 from bitwright.codegen.tvm.contract.packing import pack_weights, packed_sizes, unpack_weights
-from bitwright.codegen.tvm.contract.spec import ContractSpec, Isa, KernelFunc, Knobs, Matrix, runs_of
+from bitwright.codegen.tvm.contract.spec import NEON, ContractSpec, Isa, KernelFunc, Knobs, Matrix, runs_of
 from bitwright.codegen.tvm.contract.tile import LINE, Fetch, Place, Streams, TileWriter
 from bitwright.codegen.tvm.spelling import call
 from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, minimum, width
@@ -260,5 +260,5 @@ def _selection(spec: ContractSpec, isa: Isa) -> tuple[int, Callable[[Vec, Vec], 
     if spec.element == "f32":
         permute = x86.VPERMPS_512 if wide else x86.VPERMPS_256
         return (16 if wide else 8), lambda table, index: call(permute, table, index)
-    shuffle = x86.VPERMB_512 if wide else x86.VPSHUFB_128
+    shuffle = x86.VPERMB_512 if wide else arm.TBL if isa in NEON else x86.VPSHUFB_128
     return (64 if wide else 16), lambda table, index: call(shuffle, table, index).bits(U8)

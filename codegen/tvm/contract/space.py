@@ -8,9 +8,11 @@ from math import ceil
 
 from bitwright.codegen.tuning.space import Knob, Point, Rule, Setting
 from bitwright.codegen.tvm.contract.choose import is_depthwise
-from bitwright.codegen.tvm.contract.spec import LANES, ContractSpec, Conv, Isa, Knobs, Matrix
+from bitwright.codegen.tvm.contract.spec import LANES, NEON, ContractSpec, Conv, Isa, Knobs, Matrix
 
-_REGISTERS: dict[Isa, int] = {"avx512-vnni": 32, "avx-vnni": 16, "avx2": 16, "portable": 8}
+_REGISTERS: dict[Isa, int] = {
+    "avx512-vnni": 32, "avx-vnni": 16, "avx2": 16, "portable": 8, "neon-i8mm": 32, "neon-dot": 32, "vector": 8,
+}  # fmt: skip
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28)
 _VECTORS = (1, 2, 3, 4, 5, 6)
 _BLOCKS = (1, 2, 4, 8, 16, 32, 64)
@@ -26,7 +28,7 @@ def knobs_of(spec: ContractSpec, isa: Isa) -> tuple[Knob, ...]:
     constant = spec.right == "constant"
     knobs = [Knob("rows", _ROWS), Knob("vectors", _VECTORS), Knob("blocks", _BLOCKS)]
     knobs += [Knob("prefetch", (False, True))] if constant else []
-    packs = constant and spec.element == "u8s8" and isa in ("avx2", "avx-vnni")
+    packs = constant and spec.element == "u8s8" and isa in ("avx2", "avx-vnni", *NEON)
     return (*knobs, Knob("compact", (False, True))) if packs else tuple(knobs)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitwright.codegen.instructions import x86
+from bitwright.codegen.instructions import arm, x86
 from bitwright.codegen.tvm.epilogue import PointwiseEpilogue
 from bitwright.codegen.tvm.grouped.spec import QUAD, GroupSpec
 from bitwright.codegen.tvm.spelling import call
@@ -248,17 +248,19 @@ class _Kernel:
             for f, w, a in steps:
                 own = sums[f] if c.in_place else acc
                 own.set(call(dot, own.get(), w, a[0]))
+        elif c.isa in ("neon-i8mm", "neon-dot") and not c.words:
+            for _, w, a in steps:  # sdot: weights below 8 bits are not negative as signed ones either
+                acc.set(call(arm.USDOT if c.isa == "neon-i8mm" else arm.SDOT, acc.get(), w, a[0]))
         elif not c.words:  # at most four pairs of 15 * 127 * 2: no saturation
             pairs = call(x86.VPMADDUBSW_256, steps[0][1], steps[0][2][0])
             for _, w, a in steps[1:]:
                 pairs = b.let(pairs + call(x86.VPMADDUBSW_256, w, a[0]))
             acc.set(acc.get() + call(x86.VPMADDWD_256, pairs, const(1, S16, 16)))
         else:
-            madd = x86.VPMADDWD_256 if c.isa == "avx2" else x86.PMADDWD_128
             for _, w, a in steps:
                 words = w.bits(U16)
                 for half, codes in ((words & 255, a[0]), (words >> 8, a[1])):
-                    acc.set(acc.get() + call(madd, half, codes))
+                    acc.set(acc.get() + _pairs(c.isa, half, codes))
 
     def _finish(self, task: Index, first: Index, tall: int, held: _Held) -> None:
         b, c = self.b, self.c
@@ -275,6 +277,14 @@ class _Kernel:
                             y = b.let(held.get(i, j) * scale)
                             col = b.index(task * c.panel + j * c.lanes)
                             self.epilogue.store(b, self.pointers, y, first + i, col, valid)
+
+
+def _pairs(isa: str, half: Vec, codes: Vec) -> Vec:
+    """The sum of the products of two 16-bit lanes each."""
+    if isa in ("avx2", "portable"):
+        return call(x86.VPMADDWD_256 if isa == "avx2" else x86.PMADDWD_128, half, codes)
+    w, a = half.bits(S32), codes.bits(S32)
+    return (w & 0xFFFF) * ((a << 16) >> 16) + (w >> 16) * (a >> 16)
 
 
 class _Held:

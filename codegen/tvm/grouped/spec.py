@@ -7,7 +7,7 @@ from math import ceil, gcd
 
 from bitwright.ir.target import Isa
 
-LANES = {"avx512-vnni": 16, "avx-vnni": 8, "avx2": 8, "portable": 4}
+LANES = {"avx512-vnni": 16, "avx-vnni": 8, "avx2": 8, "portable": 4, "neon-i8mm": 4, "neon-dot": 4, "vector": 4}
 """s32 lanes of a vector."""
 QUAD = 4
 """Products that one lane of one step adds."""
@@ -67,7 +67,7 @@ class GroupSpec:
     @property
     def words(self) -> bool:
         """Whether products are made of 16-bit operands: codes of 8 bits overflow byte pairs, SSE2 has none."""
-        return self.isa == "portable" or (self.isa == "avx2" and self.bits == 8)
+        return self.isa in ("portable", "vector") or (self.isa == "avx2" and self.bits == 8)
 
     @property
     def tile(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bitwright.codegen.tvm.contract.spec import LANES, ContractSpec, Conv, Isa
+from bitwright.codegen.tvm.contract.spec import LANES, NEON, ContractSpec, Conv, Isa
 from bitwright.codegen.tvm.lanes.emit import WIDE
 from bitwright.codegen.tvm.lanes.packing import counts_of
 from bitwright.codegen.tvm.lanes.spec import WORD, LanesKnobs, quad_of
@@ -36,6 +36,8 @@ def refusal(spec: ContractSpec, isa: Isa) -> str:
         return "only constant weights have entries"
     if spec.groups != 1:
         return "grouped convolutions have short reductions"
+    if isa in (*NEON, "vector"):
+        return f"there are no kernels with activations in lanes for {isa}"
     if spec.element == "u8s8" and isa == "portable":
         return "portable code has no 8-bit products of four to a lane"
     quad, run = quad_of(spec), g.channels if isinstance(g, Conv) else g.depth

@@ -100,3 +100,14 @@ def test_command_line(records: Path, tmp_path: Path) -> None:
     assert "2 new records" in merged.output
     nothing = run(app, ["tune", "--db", str(records)])
     assert isinstance(nothing.exception, InvalidInput)
+
+
+def test_interrupting_says_what_is_kept(graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bitwright.cli_tune.load", lambda _: graph)
+    monkeypatch.setattr("bitwright.tuning.tune", interrupted)
+    result = CliRunner().invoke(app, ["tune", "model.onnx", "--db", str(tmp_path / "x.sqlite")])
+    assert result.exit_code != 0
+    assert "keeps what was measured" in result.output.replace("\n", " ")

@@ -66,11 +66,16 @@ def tune(
         graph = load(model)
         made_up = calibrate == Path("synthetic") and not calibrate.exists()
         data = "synthetic" if made_up else cli_io.calibration(calibrate, graph)
-        with _progress(minutes) as tell:
-            result = tuning.tune(
-                graph, records=db, minutes=minutes, target=target, recipe=recipe, calibration=data, batch=batch,
-                sizes=cli_io.sizes(size), jobs=jobs, seed=seed, workers=workers.value, told=tell,
-            )  # fmt: skip
+        try:
+            with _progress(minutes) as tell:
+                result = tuning.tune(
+                    graph, records=db, minutes=minutes, target=target, recipe=recipe, calibration=data, batch=batch,
+                    sizes=cli_io.sizes(size), jobs=jobs, seed=seed, workers=workers.value, told=tell,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            kept = f"{db} keeps what was measured; the next run goes on from there"
+            cli_show.console(stderr=True).print(kept, markup=False)
+            raise
         _print(result)
     if show:
         with Database(db, write=False) as mine:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import glob
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from bitwright.ir import ops
@@ -23,6 +23,7 @@ from bitwright.passes.precision.quantize_int8 import QuantizeInt8
 
 if TYPE_CHECKING:
     from bitwright.passes.precision.assign_precision import AssignPrecision
+    from bitwright.passes.sparsity.masks import Pattern
 
 UNITS = {"": 1.0, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "s": 1.0, "ms": 1e-3, "us": 1e-6}
 COSTS = ("size", "latency", "bitops")
@@ -45,6 +46,8 @@ class Problem:
     columns: tuple[tuple[int, ...], ...]
     """Per layer, the choices it may take; the rows of the program hold these alone."""
     time_limit: float
+    evidence: str = ""
+    """What the losses were found on."""
 
     @staticmethod
     def of(graph: Graph, context: Context, p: AssignPrecision) -> Problem:
@@ -60,11 +63,17 @@ class Problem:
         def allowed(layer: str, choice: Choice) -> bool:
             return layer in fits[choice] and _end_allows(layer, choice, layers, p)
 
-        def apply(layer: str, choice: Choice) -> Graph:
-            return apply_choice(graph, _scratch(context), p, {layer: str(choice)})
+        # learning every layer in every choice would take longer than all that follows; GPTQ comes near it
+        quick = replace(p, rounding="gptq") if p.rounding in ("adaround", "adaquant") else p
 
+        def apply(layer: str, choice: Choice) -> Graph:
+            return apply_choice(graph, _scratch(context), quick, {layer: str(choice)})
+
+        given, evidence = len(context.calibration), "curvature"
         if p.sensitivity == "measured":
-            rows = measured(graph, context, layers, choices, apply, p.metric, allowed)
+            at_once = _AllAtOnce(graph, context, quick, nodes, choices, allowed)
+            rows, took = measured(graph, context, nodes, choices, at_once, apply, p.metric, allowed)
+            evidence = f"measured on {took} of {given} batches"
         else:
             rows = by_curvature(graph, context, layers, choices, apply, allowed)
         ties = _residual_ties(graph, layers) if p.ties == "residual" else ()
@@ -81,7 +90,19 @@ class Problem:
         losses = [[rows[i][j] for j in able] for i, able in enumerate(columns)]
         budget = share if by_loss or not unit else share / whole
         return Problem(
-            layers, choices, losses, costs, ties, cost_kind, whole, source(), budget, by_loss, columns, p.time_limit
+            layers,
+            choices,
+            losses,
+            costs,
+            ties,
+            cost_kind,
+            whole,
+            source(),
+            budget,
+            by_loss,
+            columns,
+            p.time_limit,
+            evidence,
         )
 
     def solve(self) -> Allocation:
@@ -133,6 +154,42 @@ def apply_choice(graph: Graph, context: Context, p: AssignPrecision, plan: Mappi
     return QuantizeInt8(only="|".join(low)).with_bits(graph, context, lambda x: bits.get(x, 8)) if low else graph
 
 
+@dataclass
+class _AllAtOnce:
+    """The graph with every layer in a choice, each as if it were the only one; masks are made once a pattern."""
+
+    graph: Graph
+    context: Context
+    p: AssignPrecision
+    layers: Collection[str]
+    choices: Sequence[Choice]
+    allowed: Callable[[str, Choice], bool]
+    masked: dict[Pattern, tuple[Graph, Context]] = field(default_factory=dict)
+
+    def __call__(self, choice: Choice) -> Graph:
+        from bitwright.passes.sparsity._sweep import dense_values
+
+        graph, context = self._masked(choice) if choice.pattern else (self.graph, _scratch(self.context))
+        if choice.bits == 32:
+            return graph
+        mine = [glob.escape(x) for x in self.layers if self.allowed(x, choice)]
+        for step in choice.code_steps(mine, self.p.rounding):
+            graph = step.on_inputs_of(graph, context, dense_values(graph, context))
+        return QuantizeInt8(only="|".join(mine)).with_bits(graph, context, lambda x: choice.activation)
+
+    def _masked(self, choice: Choice) -> tuple[Graph, Context]:
+        assert choice.pattern is not None
+        if choice.pattern not in self.masked:
+            same = [c for c in self.choices if c.pattern == choice.pattern]
+            some = [glob.escape(x) for x in self.layers if any(self.allowed(x, c) for c in same)]
+            graph, context = self.graph, _scratch(self.context)
+            for step in choice.mask_steps(some, self.p.reconstruct, alone=True):
+                graph = step.run(graph, context)
+            self.masked[choice.pattern] = graph, context
+        graph, context = self.masked[choice.pattern]
+        return graph, _scratch(context)
+
+
 def report(problem: Problem, plan: Allocation, context: Context, p: AssignPrecision) -> None:
     """A remark per layer, why it got what it got, and one for the model."""
     for i, layer in enumerate(problem.layers):
@@ -154,7 +211,7 @@ def report(problem: Problem, plan: Allocation, context: Context, p: AssignPrecis
     }  # fmt: skip
     context.remark(
         p.name, "model", budget=p.budget, cost_of=problem.kind, cost=plan.cost, loss=plan.loss, bound=plan.bound,
-        gap=plan.gap, float_cost=problem.whole, prices=problem.source, front=front,
+        gap=plan.gap, float_cost=problem.whole, prices=problem.source, losses=problem.evidence, front=front,
     )  # fmt: skip
 
 
@@ -199,6 +256,7 @@ def _fitting(graph: Graph, context: Context, p: AssignPrecision, choices: Sequen
     fits = {}
     for c in choices:
         scratch, g = _scratch(context), graph
+        scratch.calibration = ()  # what is refused does not depend on it
         for step in c.steps(["*"], "nearest", rebuild=False):
             g = step.run(g, scratch)
         fits[c] = names - {r.place for r in scratch.refusals}

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.target import Target
 from bitwright.ir.types import F32, NM, S8
 from bitwright.passes._pass import Pass
 from bitwright.passes.sparsity.masks import Pattern
+
+if TYPE_CHECKING:
+    from bitwright.passes.precision.quantize_weights import QuantizeWeights
 
 Rounding = Literal["nearest", "adaround", "adaquant", "gptq", "gpfq"]
 DENSE = ("f32", "s8", "s4")
@@ -49,6 +52,11 @@ class Choice:
         return Choice(int(m[1] or 32), Pattern.parse(m[3]) if m[3] else None, int(m[2] or 8))
 
     @property
+    def is_float(self) -> bool:
+        """True for the layer as it is."""
+        return self.bits == 32 and self.pattern is None
+
+    @property
     def density(self) -> float:
         """Share of the weights that stay."""
         return self.pattern.keep / self.pattern.group if self.pattern else 1.0
@@ -70,18 +78,26 @@ class Choice:
 
     def steps(self, layers: Sequence[str], rounding: Rounding, rebuild: bool) -> tuple[Pass, ...]:
         """The passes that give this choice to ``layers``, but for the quantization of activations."""
+        return (*self.mask_steps(layers, rebuild), *self.code_steps(layers, rounding))
+
+    def mask_steps(self, layers: Sequence[str], rebuild: bool, alone: bool = False) -> tuple[Pass, ...]:
+        """Those that give the pattern; ``alone``: as if each layer were the only one that changes."""
         from bitwright.passes.sparsity.nm_mask import NMMask
         from bitwright.passes.sparsity.reconstruct import Reconstruct
 
-        only, steps = "|".join(layers), list[Pass]()
-        if self.pattern:
-            steps.append(NMMask(pattern=self.pattern, only=only))
-            steps += [Reconstruct(only=only)] if rebuild else []
-        if self.bits < 8:
-            from bitwright.passes.precision.quantize_weights import QuantizeWeights
+        if not self.pattern:
+            return ()
+        only = "|".join(layers)
+        again = Reconstruct(only=only, inputs="parallel" if alone else "sequential")
+        return (NMMask(pattern=self.pattern, only=only), *([again] if rebuild else []))
 
-            steps.append(QuantizeWeights(bits=str(self.bits), only=only, rounding=rounding))
-        return tuple(steps)
+    def code_steps(self, layers: Sequence[str], rounding: Rounding) -> tuple[QuantizeWeights, ...]:
+        """Those that give weights below 8 bits."""
+        from bitwright.passes.precision.quantize_weights import QuantizeWeights
+
+        return (
+            (QuantizeWeights(bits=str(self.bits), only="|".join(layers), rounding=rounding),) if self.bits < 8 else ()
+        )
 
 
 def choices_of(text: str, target: Target | None) -> tuple[Choice, ...]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitwright.ir.graph import Graph
+from bitwright.ir.graph import Graph, Node
 from bitwright.ir.interpret import evaluate, to_torch
 from bitwright.ir.weights import Array
 from bitwright.passes._layers import layer_of
 from bitwright.passes._match import array
+from bitwright.passes._measure import macs
 from bitwright.passes._pass import Batch, Context
+from bitwright.passes.precision._apart import Apart, Bodies, body_of
 from bitwright.passes.precision._choices import Choice
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 PROBES = 8
 """Random output directions per batch for the trace: its relative error falls with the root of probes times outputs."""
+EFFORT = 1_000_000_000_000
+"""Multiply-accumulates that measuring may take: a minute or so of one core."""
 Apply = Callable[[str, Choice], Graph]
 Outputs = Sequence["torch.Tensor"]
 
@@ -48,31 +53,66 @@ LOSSES: Mapping[str, Callable[[Outputs, Outputs], float]] = {"mse": relative_err
 def measured(
     graph: Graph,
     context: Context,
-    layers: Sequence[str],
+    layers: Mapping[str, Sequence[Node]],
     choices: Sequence[Choice],
+    whole: Callable[[Choice], Graph],
     apply: Apply,
     loss: str,
     allowed: Callable[[str, Choice], bool],
-) -> list[list[float]]:
-    """Loss of the model on the calibration data with one layer at a time changed; infinite where not ``allowed``."""
-    batches = context.calibration
-    want = [evaluate(graph, b) for b in batches]
-    rows = []
-    for i, layer in enumerate(layers):
-        row = []
-        for j, choice in enumerate(choices):
-            if context.progress is not None:
-                context.progress(f"sensitivity of {layer}", (i + j / len(choices)) / len(layers))
+) -> tuple[list[list[float]], int]:
+    """Loss of the model on calibration data with one layer at a time changed, infinite where not ``allowed``, and the
+    number of batches it was taken on: as many as :data:`EFFORT` lets.
+
+    ``whole`` gives the graph with all layers changed, each as if it were the only one, ``apply`` that with one changed.
+    """
+    rows = [[0.0 if c.is_float else math.inf for c in choices] for _ in layers]
+    bodies: dict[tuple[int, int], Bodies] = {}
+    for j, choice in enumerate(choices):
+        if choice.is_float or not any(allowed(x, choice) for x in layers):
+            continue
+        _tell(context, f"{choice} for every layer", j / len(choices) / 2)
+        changed = whole(choice)
+        for i, (layer, nodes) in enumerate(layers.items()):
             if not allowed(layer, choice):
-                row.append(float("inf"))
-            elif str(choice) == "f32":
-                row.append(0.0)
-            else:
-                changed = apply(layer, choice)
-                got = [LOSSES[loss](evaluate(changed, b), w) for b, w in zip(batches, want, strict=True)]
-                row.append(float(np.mean(got)))
-        rows.append(row)
-    return rows
+                continue
+            rows[i][j] = 0.0
+            found = {n.output: body_of(graph, changed, n.output) for n in nodes}
+            if any(b is None for b in found.values()):
+                alone = apply(layer, choice)
+                found = {x: body_of(graph, alone, x, through=True) for x in found}
+            bodies[i, j] = {x: b for x, b in found.items() if b is not None}
+    first = [nodes[0].output for nodes in layers.values()]
+    apart, batches = Apart(graph, tuple(bodies.values())), _few(graph, context.calibration, len(bodies))
+    for number, batch in enumerate(batches):
+
+        def changes(value: str, number: int = number) -> list[tuple[Any, Bodies]]:
+            if value not in first:
+                return []
+            i = first.index(value)
+            _tell(context, f"sensitivity of {[*layers][i]}", 0.5 + (number + i / len(layers)) / len(batches) / 2)
+            return [((i, j), bodies[i, j]) for j in range(len(choices)) if (i, j) in bodies]
+
+        want = evaluate(graph, batch)
+        for (i, j), got in apart.outputs(batch, changes):
+            rows[i][j] += LOSSES[loss](got, want) / len(batches)
+    return rows, len(batches)
+
+
+def _tell(context: Context, what: str, share: float) -> None:
+    if context.progress is not None:
+        context.progress(what, share)
+
+
+def _few(graph: Graph, batches: Sequence[Batch], runs: int) -> list[Batch]:
+    """The first batches, as many as ``runs`` halves of the model can be computed on within :data:`EFFORT`; one at
+    least."""
+    chosen, left = list[Batch](), EFFORT
+    for batch in batches:
+        left -= runs * macs(graph, batch) // 2
+        if chosen and left < 0:
+            break
+        chosen.append(batch)
+    return chosen
 
 
 def curvature(graph: Graph, batches: Sequence[Batch], seed: int = 0) -> dict[str, float]:

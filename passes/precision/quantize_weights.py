@@ -61,6 +61,10 @@ class QuantizeWeights(Pass):
     except_: str = ""
 
     def run(self, graph: Graph, context: Context) -> Graph:
+        return self.on_inputs_of(graph, context, {})
+
+    def on_inputs_of(self, graph: Graph, context: Context, given: Mapping[str, torch.Tensor]) -> Graph:
+        """:meth:`run`, with the inputs that layers have in a model of the weights ``given`` by value name."""
         width = checked_width(self.bits, self.symmetric, self.group, self.iterations, self.rounding)
         if self.rounding != "nearest":
             need_calibration(context, f"quantize-weights{{rounding={self.rounding}}}")
@@ -75,7 +79,7 @@ class QuantizeWeights(Pass):
                 chosen.append(n)
         if not chosen:
             return graph
-        found = self._found(graph, chosen, context, width)
+        found = self._found(graph, chosen, context, width, given)
         return write_codes(graph, chosen, found)
 
     def _codes(self, graph: Graph, n: Node, width: Width) -> Codes:
@@ -86,7 +90,9 @@ class QuantizeWeights(Pass):
             range=self.range, mask=w != 0 if masked else None,
         )  # fmt: skip
 
-    def _found(self, graph: Graph, chosen: list[Node], context: Context, width: Width) -> dict[str, Codes]:
+    def _found(
+        self, graph: Graph, chosen: list[Node], context: Context, width: Width, given: Mapping[str, torch.Tensor]
+    ) -> dict[str, Codes]:
         """Codes by weight value; each layer's error is remarked."""
         found: dict[str, Codes] = {}
         left = {w: sum(n.inputs[1] == w for n in chosen) for w in (n.inputs[1] for n in chosen)}
@@ -109,7 +115,7 @@ class QuantizeWeights(Pass):
             return {1: found[key].real()} if self.sequential and key in found else None
 
         if context.calibration:
-            walk(graph, context.calibration, {n.output for n in chosen}, visit)
+            walk(graph, context.calibration, {n.output for n in chosen}, visit, given)
             return found
         for n in chosen:
             if n.inputs[1] not in found:

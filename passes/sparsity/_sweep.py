@@ -41,7 +41,7 @@ def sweep(graph: Graph, context: Context, layers: list[Layer], options: Options,
         return
     by_node = {n.output: x for x in layers for n in x.nodes}
     order = {x.ref: i for i, x in enumerate(layers)}
-    before, store = _dense_values(graph, context), Store(options.resume)
+    before, store = dense_values(graph, context), Store(options.resume)
     tied = _tied(graph, context, {o: x for o, x in by_node.items() if len(x.nodes) > 1}, before)
 
     def visit(node: Node, xs: list[torch.Tensor], twins: list[torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -90,7 +90,7 @@ def _tied(
     return found
 
 
-def _dense_values(graph: Graph, context: Context) -> dict[str, torch.Tensor]:
+def dense_values(graph: Graph, context: Context) -> dict[str, torch.Tensor]:
     """Every weight and bias that a mask or an earlier reconstruction changed, as it was, by value name."""
     found = {}
     for n in graph.nodes:

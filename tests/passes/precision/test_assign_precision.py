@@ -14,8 +14,9 @@ from bitwright.ir.graph import Graph
 from bitwright.ir.interpret import evaluate
 from bitwright.ir.types import NM
 from bitwright.passes import Context, Pipeline, parse_passes
-from bitwright.passes.precision._assignment import Problem, parse_budget
-from bitwright.passes.precision._choices import Choice, choices_of
+from bitwright.passes.precision import _sensitivity
+from bitwright.passes.precision._assignment import Problem, apply_choice, parse_budget
+from bitwright.passes.precision._choices import Choice, Rounding, choices_of
 from bitwright.passes.precision._sensitivity import curvature, divergence, relative_error
 from bitwright.passes.precision.assign_precision import AssignPrecision
 from bitwright.passes.precision.observe_ranges import ObserveRanges
@@ -93,6 +94,30 @@ def test_the_plan_is_the_best_of_all(read: Read) -> None:
     assert plan.loss == pytest.approx(best)
     assert plan.cost <= 0.2
     assert plan.bound == pytest.approx(best)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_layers_measured_together_are_as_if_each_changed_alone(read: Read, rounding: Rounding) -> None:
+    graph, c = observed(read)
+    choices = [Choice.parse(x) for x in ("f32", "s8", "s4", "s8+2:4", "s4+2:4", "f32+2:4")]
+    p = AssignPrecision(budget="size=1", choices="|".join(map(str, choices)), rounding=rounding)
+    problem = Problem.of(graph, c, p)
+    assert problem.evidence == "measured on 3 of 3 batches"
+    for i, layer in enumerate(problem.layers):
+        for j, choice in enumerate(choices):
+            alone = apply_choice(
+                graph, Context(calibration=c.calibration, facts=dict(c.facts)), p, {layer: str(choice)}
+            )
+            want = np.mean([relative_error(evaluate(alone, b), evaluate(graph, b)) for b in c.calibration])
+            assert problem.losses[i][j] == pytest.approx(want, rel=1e-4, abs=1e-12)
+
+
+def test_losses_are_measured_on_as_many_batches_as_time_allows(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, c = observed(read)
+    monkeypatch.setattr(_sensitivity, "EFFORT", 1)
+    problem = Problem.of(graph, c, AssignPrecision(budget="size=1", choices="f32|s8"))
+    assert problem.evidence == "measured on 1 of 3 batches"
+    assert problem.losses[0][1] > 0
 
 
 def test_the_plan_is_what_the_graph_becomes(read: Read) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from bitwright.codegen.devices.schema import Device, Instruction
+from bitwright.codegen.devices.words import word_problems
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.numerics import safe_terms
 from bitwright.ir.types import NM
@@ -31,7 +34,22 @@ def problems_of(device: Device) -> list[Problem]:
             out.append(((memory, "bandwidth"), "a bandwidth is above zero"))
     if device.clock <= 0:
         out.append((("clock",), "a clock is above zero"))
-    return out
+    return out or _options(device)
+
+
+def _options(device: Device) -> list[Problem]:
+    """What only some devices have."""
+    try:
+        words = device.words
+    except ValidationError as error:
+        return [(_place("options.words", e["loc"]), e["msg"]) for e in error.errors()]
+    return [] if words is None else list(word_problems(device, words))
+
+
+def _place(table: str, loc: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The table and key of a value within the options: a list of tables has a header of its own."""
+    nested = len(loc) > 1 and isinstance(loc[1], int)
+    return (f"{table}.{loc[0]}", *loc[1:3]) if nested else (table, *loc[:1])
 
 
 def operand_bits(i: Instruction) -> tuple[float, float, float]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from bitwright.codegen.devices.schema import Instruction
 from bitwright.codegen.devices.select import taps
+from bitwright.codegen.devices.words import Words, pack, unpack
 from bitwright.ir import ops
 from bitwright.ir.graph import Node
 from bitwright.ir.interpret import evaluate
@@ -30,6 +31,25 @@ def product(node: Node, i: Instruction, x: Tensor, w: Tensor, bias: Tensor | Non
         y = _sums(i, rows, w.reshape(w.shape[0], 1, -1), getattr(op, "x_zero", 0)).reshape(*x.shape[:-1], -1)
     y = y.to(torch_dtype(node.type.dtype))
     return y if bias is None else y + bias
+
+
+def product_in_words(node: Node, words: Words, x: Tensor, w: Tensor) -> Tensor:
+    """The contraction's result from packed words: each instruction multiplies its outputs' weights, as unpacked."""
+    taps_last = w.flatten(2).transpose(1, 2) if w.dim() > 2 else w
+    flat = taps_last.reshape(len(w), -1)
+    codes = torch.from_numpy(unpack(pack(flat.numpy(), words), words, flat.shape[1])).reshape(taps_last.shape)
+    codes = (codes.transpose(1, 2) if w.dim() > 2 else codes).reshape(w.shape).to(w.dtype)
+    last = not isinstance(node.op, ops.IntConv) or node.op.channels_last
+    axis = node.type.rank - 1 if last else 1
+    out = torch.zeros(node.type.static_shape, dtype=torch_dtype(node.type.dtype))
+    for i, outputs in words.runs():
+        rows = torch.tensor(outputs)
+        if len(words.order) == 1:
+            out.index_copy_(axis, rows, product(node, i, x, codes[rows]))
+        else:
+            alone = torch.zeros_like(codes).index_copy_(0, rows, codes[rows])
+            out.index_copy_(axis, rows, product(node, i, x, alone).index_select(axis, rows))
+    return out
 
 
 def _sums(i: Instruction, rows: Tensor, w: Tensor, zero: int) -> Tensor:

@@ -6,7 +6,7 @@ import re
 import tomllib
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -15,6 +15,9 @@ from bitwright.codegen.devices.units import Unit, quantity
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.target import Rate, SparseRate, Target, in_bytes
 from bitwright.ir.types import S32, U8
+
+if TYPE_CHECKING:
+    from bitwright.codegen.devices.words import WordFormat
 
 
 def _in(unit: Unit) -> BeforeValidator:
@@ -105,7 +108,14 @@ class Device(_Table):
     """Static power in watts."""
     instruction: Annotated[tuple[Instruction, ...], Field(min_length=1)]
     options: dict[str, Any] = Field(default_factory=dict)
-    """What a family's tools read (patterns, faults); the device itself does not."""
+    """What is there only on some devices: ``words`` with lanes of several widths, ``faults``, ``resting`` gates."""
+
+    @cached_property
+    def words(self) -> WordFormat | None:
+        """``[options.words]``: weights of several widths in one word; raises :class:`pydantic.ValidationError`."""
+        from bitwright.codegen.devices.words import WordFormat
+
+        return WordFormat.model_validate(self.options["words"]) if "words" in self.options else None
 
     @property
     def area(self) -> float:

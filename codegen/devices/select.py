@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.codegen.devices.schema import Device, Instruction
+from bitwright.codegen.devices.words import Words, plan, told
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.numerics import bits_for, prefix_range, type_bound
@@ -38,12 +39,29 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """An instruction for a contraction: its steps, and why it is the one. No instruction: the vector unit."""
+    """An instruction for a contraction: its steps, and why it is the one. No instruction: the vector unit.
+
+    ``words``: the outputs by width, where the device's words hold several; ``instruction`` is then the widest."""
 
     work: Work
     instruction: Instruction | None
     steps: int
     reason: str
+    words: Words | None = None
+
+    @property
+    def names(self) -> str:
+        """The instructions that run."""
+        if self.words is not None:
+            return " ".join(i.name for i, _ in self.words.runs())
+        return self.instruction.name if self.instruction else ""
+
+    @property
+    def energy(self) -> float:
+        """Joules of all steps."""
+        if self.words is not None:
+            return self.steps / max(1, self.words.count) * self.words.energy()
+        return self.steps * self.instruction.energy if self.instruction else 0.0
 
 
 def work_of(node: Node, body: Graph) -> Work:
@@ -71,6 +89,8 @@ def fits(inner: DType, outer: DType) -> bool:
 def select(node: Node, body: Graph, weight: Array | None, device: Device) -> Selected | str:
     """The instruction with the fewest cycles, or why none runs this contraction (one line an instruction)."""
     work = work_of(node, body)
+    if device.words is not None:
+        return _in_words(node, body, work, weight, device)
     found: list[tuple[float, int, Instruction, str]] = []
     refused = []
     for i in device.instruction:
@@ -85,6 +105,20 @@ def select(node: Node, body: Graph, weight: Array | None, device: Device) -> Sel
     cycles, steps, best, told = min(found, key=lambda f: (f[0], f[2].name))
     others = [f"{i.name} takes {c / cycles:.2g}x" for c, _, i, _ in found if i is not best]
     return Selected(work, best, steps, "; ".join([told, *others]))
+
+
+def _in_words(node: Node, body: Graph, work: Work, weight: Array | None, device: Device) -> Selected | str:
+    assert device.words is not None
+    if weight is None or not isinstance(node.op, ops.IntLinear | ops.IntConv):
+        return "words hold constant weights of linear layers and convolutions of integers"
+    found = plan(weight, work.groups, device)
+    if isinstance(found, str):
+        return found
+    widest = found.instructions[0]
+    if why := _refusal(node, body, weight, widest):
+        return f"{widest.name}: {why}"
+    steps = work.batch * work.rows * found.count * ceil(work.taps * work.channels / found.depth)
+    return Selected(work, widest, steps, told(found, device), found)
 
 
 def steps_of(work: Work, i: Instruction) -> int:

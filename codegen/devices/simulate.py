@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bitwright.codegen.devices.contract import product
+from bitwright.codegen.devices.contract import product, product_in_words
 from bitwright.codegen.devices.schema import Device
 from bitwright.codegen.devices.select import Selected, cure_of, select, work_of
 from bitwright.ir import ops
@@ -121,7 +121,11 @@ def _layer(node: Node, graph: Graph, device: Device, chosen: Mapping[str, Select
     for n in body.nodes:
         if (found := chosen.get(n.output)) is not None and found.instruction is not None:
             masks[n.inputs[1]] = found.instruction.parsed.pattern
-    weight_bytes = sum(stored_bytes(v.type, masks.get(v.name)) for v in body.inputs if v.name in constant)
+    bytes_ = {v.name: stored_bytes(v.type, masks.get(v.name)) for v in body.inputs if v.name in constant}
+    for n in body.nodes:
+        if (found := chosen.get(n.output)) is not None and found.words is not None:
+            bytes_[n.inputs[1]] = found.words.stored_bytes(found.work.taps * found.work.channels)
+    weight_bytes = sum(bytes_.values())
     activations = [v.type for v in body.inputs if v.name not in constant] + [body.types[o] for o in body.outputs]
     activation_bytes = sum(stored_bytes(t) for t in activations)
     cycles = energy = 0.0
@@ -133,11 +137,10 @@ def _layer(node: Node, graph: Graph, device: Device, chosen: Mapping[str, Select
             macs += selected.work.macs
             reasons.append(selected.reason)
         if selected is not None and selected.instruction is not None:
-            i = selected.instruction
-            names.append(i.name)
+            names.append(selected.names)
             steps += selected.steps
-            cycles += selected.steps * i.cycles
-            energy += selected.steps * i.energy
+            cycles += selected.steps * selected.instruction.cycles
+            energy += selected.energy
         elif not isinstance(n.op, ops.Constant):
             count = selected.work.macs if selected is not None else sum(t.size for t in n.types)
             cycles += count * device.vector.cycles
@@ -202,6 +205,8 @@ def _region(made: Schedule, node: Node, values: dict[str, Any]) -> None:
         selected = made.chosen.get(n.output)
         if isinstance(n.op, ops.Constant):
             inner[n.output] = to_torch(body.constant(n.output))
+        elif selected is not None and selected.words is not None:
+            inner[n.output] = product_in_words(n, selected.words, *(inner[x] for x in n.inputs))
         elif selected is not None and selected.instruction is not None:
             inner[n.output] = product(n, selected.instruction, *(inner[x] for x in n.inputs))
         else:

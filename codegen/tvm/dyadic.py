@@ -102,6 +102,18 @@ def packed_bytes(b: Builder, parts: Sequence[Vec]) -> Vec:
     return mixed.shuffle([4 * (i % 4) + i // 4 for i in range(4 * len(parts))]).bits(U8)
 
 
+def byte_words(b: Builder, four: Sequence[Vec], wide: bool) -> Vec:
+    """Four vectors of bytes (``wide``: s32x16 yet to be clamped to u8, AVX-512) as one of s32: byte j of a lane is of
+    vector j."""
+    if wide:
+        low, high = (keep(b, call(x86.VPACKSSDW_512, four[i], four[i + 1])) for i in (0, 2))
+        mixed = keep(b, call(x86.VPACKUSWB_512, low, high))
+        order = [16 * part + 4 * j + i for part in range(4) for i in range(4) for j in range(4)]
+        return keep(b, keep(b, mixed.shuffle(order)).bits(S32))
+    words = [keep(b, v.cast(S32)) for v in four]
+    return keep(b, words[0] | words[1] << 8 | words[2] << 16 | words[3] << 24)
+
+
 def forms(body: Graph, root: Node, constants: Mapping[str, Array]) -> tuple[tuple[str, Form], ...]:
     """(result, form) of every requantize behind ``root`` that has a short form with these constants."""
     found: list[tuple[str, Form]] = []

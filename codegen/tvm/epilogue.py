@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from bitwright.codegen.tvm.contract.epilogue import EpilogueParam, one_by_one
-from bitwright.codegen.tvm.dyadic import Form, emit_form, packed_bytes
+from bitwright.codegen.tvm.dyadic import Form, byte_words, emit_form, packed_bytes
 from bitwright.codegen.tvm.pointwise import emit_pointwise, needs_exact, why_unsupported
 from bitwright.codegen.tvm.pointwise_convert import Convert
 from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Vec, const
 from bitwright.codegen.tvm.vecmath import keep
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
-from bitwright.ir.types import BF16, F32, U8, TensorType
+from bitwright.ir.types import BF16, F32, S8, S32, U8, U32, TensorType
 
 _SCALED = (ops.Quantize, ops.Dequantize, ops.Requantize)
 _HEAVY = frozenset("exp log erf tanh sigmoid silu gelu gelu_tanh softplus mish pow sin cos tan".split())
 _WEIGHT = {ops.Requantize: 8, ops.Quantize: 3}
+_Load = Callable[[int, TensorType], Vec]
+"""The values of an input (its position, its type) that belong to a vector of accumulators."""
 _FORM_WEIGHT = {"shift": 2, "low": 4, "high": 8}
 
 
@@ -80,7 +82,8 @@ class PointwiseEpilogue:
 
     def store(self, b: Builder, pointers: Mapping[str, Pointer], acc: Vec, row: Index, col: Index, valid: int) -> None:
         cols = int(self.root.type.shape[-1])
-        b.store(pointers["out"], row * cols + col, self._value(b, pointers, acc, row, col), valid)
+        result = self._value(b, acc, self._at(b, pointers, row, col, acc.lanes))
+        b.store(pointers["out"], row * cols + col, result, valid)
 
     def store_row(
         self, b: Builder, pointers: Mapping[str, Pointer], accs: Sequence[Vec], row: Index, col: Index, valid: int
@@ -91,7 +94,10 @@ class PointwiseEpilogue:
         if not together:
             one_by_one(self, b, pointers, accs, row, col, valid)
             return
-        parts = [self._value(b, pointers, a, row, col + j * lanes, wide=True) for j, a in enumerate(accs[:together])]
+        parts = [
+            self._value(b, a, self._at(b, pointers, row, col + j * lanes, lanes), wide=True)
+            for j, a in enumerate(accs[:together])
+        ]
         b.store(pointers["out"], row * cols + col, packed_bytes(b, parts))
         if rest := accs[together:]:
             self.store_row(b, pointers, rest, row, col + together * lanes, valid - together * lanes)
@@ -102,9 +108,51 @@ class PointwiseEpilogue:
         last = self.body.producers[self.body.outputs[0]]
         return self.isa == "avx512-vnni" and last.type.dtype == U8 and last.output in dict(self.forms)
 
-    def _value(
-        self, b: Builder, pointers: Mapping[str, Pointer], acc: Vec, row: Index, col: Index, wide: bool = False
-    ) -> Vec:
+    @cached_property
+    def words(self) -> tuple[int, ...] | None:
+        """Whether bytes of four outputs can be made for rows in lanes (:meth:`word`): the positions of the operands
+        that have bytes of their own for every row and output; None if the result or an operand does not allow it."""
+        full, inputs = self.root.type.static_shape, self.body.inputs
+        if self.body.types[self.body.outputs[0]].dtype != U8:
+            return None
+        found = []
+        for i in self.operands:
+            t = inputs[i].type
+            if math.prod(t.static_shape[:-1]) == 1 and t.static_shape[-1:] in ((), (1,), full[-1:]):
+                continue
+            if t.static_shape != full or t.dtype not in (U8, S8) or full[-1] % 4:
+                return None
+            found.append(i)
+        return tuple(found)
+
+    def word(
+        self,
+        b: Builder,
+        pointers: Mapping[str, Pointer],
+        accs: Sequence[Sequence[Vec]],
+        col: Index,
+        held: Mapping[int, Sequence[Vec]],
+    ) -> list[Vec]:
+        """The bytes of outputs ``col`` .. ``col + 4`` as words: ``accs[o][r]`` are sums of output ``col + o`` and of
+        the rows of vector r, ``held[i][r]`` the words of operand i. Element r of the result: s32, a row to a lane."""
+        lanes = accs[0][0].lanes
+
+        def load(o: int, r: int) -> _Load:
+            def read(i: int, t: TensorType) -> Vec:
+                if i in held:
+                    byte = (held[i][r] << (24 - 8 * o)).bits(U32 if t.dtype == U8 else S32) >> 24
+                    return byte.cast(t.dtype)
+                return b.load(pointers[f"e{i}"], col + o if t.size > 1 else 0).spread(lanes)
+
+            return read
+
+        made = [[self._value(b, a, load(o, r), self._packs) for r, a in enumerate(row)] for o, row in enumerate(accs)]
+        return [byte_words(b, four, self._packs) for four in zip(*made, strict=True)]
+
+    def _at(self, b: Builder, pointers: Mapping[str, Pointer], row: Index, col: Index, lanes: int) -> _Load:
+        return lambda i, t: self._load(b, pointers[f"e{i}"], t, row, col, lanes)
+
+    def _value(self, b: Builder, acc: Vec, load: _Load, wide: bool = False) -> Vec:
         """The result for one vector; ``wide``: as s32, before the last clamp."""
         sums = acc.cast(BF16) if self.root.type.dtype == BF16 else acc
         values: dict[str, Vec] = {self.root.output: keep(b, sums)}
@@ -119,7 +167,7 @@ class PointwiseEpilogue:
             for x in n.inputs:
                 if x not in values:
                     t = self.body.inputs[position[x]].type
-                    values[x] = keep(b, self._load(b, pointers[f"e{position[x]}"], t, row, col, acc.lanes))
+                    values[x] = keep(b, load(position[x], t))
             args = [values[x] for x in n.inputs]
             if isinstance(n.op, ops.Requantize) and n.output in forms:
                 result = emit_form(

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
 from bitwright.codegen.tvm.contract.padding import emit_padded, padded_elements
 from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, KernelFunc, Matrix, image_of
+from bitwright.codegen.tvm.epilogue import PointwiseEpilogue
 from bitwright.codegen.tvm.lanes.packing import OFFSET
 from bitwright.codegen.tvm.lanes.products import Operand, Products, products_of
-from bitwright.codegen.tvm.lanes.spec import WORD, LanesKnobs, Shape
+from bitwright.codegen.tvm.lanes.spec import WORD, LanesKnobs, Memory, Shape
 from bitwright.codegen.tvm.lanes.transpose import rows_to_lanes, transposed
+from bitwright.codegen.tvm.lanes.words import QUAD, Words, words_of
 from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Register, choose, const, either, minimum, scalar, width
 from bitwright.ir.types import S32, S64, U16
 
@@ -24,30 +26,17 @@ ANY = 1 << 30
 """The declared size of packed streams: code that does not depend on it serves more layers."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Where the parts of the scratch memory begin, in words: first words of the rows, activations in lanes, sums, a
-    tile of finished rows, padded images; and where it ends, in bytes."""
-
-    table: int
-    lanes: int
-    sums: int
-    tile: int
-    image: int
-    size: int
-
-
-def memory_of(shape: Shape) -> Memory:
-    """The layout of the scratch memory."""
+def memory_of(shape: Shape, words: tuple[int, ...] | None = None) -> Memory:
+    """The layout of the scratch memory; ``words``: as :func:`words_of` says."""
     kept = shape.blocks if keeps_lanes(shape) else 1
+    outputs = -(-min(shape.knobs.outputs, shape.groups * shape.knobs.shared) // shape.vector) * shape.vector
+    word = 0 if words is None else outputs // QUAD * shape.pitch // WORD
     sizes = [
         shape.rows,
         kept * min(shape.knobs.block, shape.units) * shape.pitch // WORD,
-        -(-min(shape.knobs.outputs, shape.groups * shape.knobs.shared) // shape.lanes)
-        * shape.lanes
-        * shape.pitch
-        // WORD,
+        outputs * shape.pitch // WORD,
         WIDE * shape.lanes * shape.lanes,
+        word * (1 + len(words or ())),
     ]
     starts = [0]
     for size in sizes:
@@ -55,7 +44,8 @@ def memory_of(shape: Shape) -> Memory:
     g, size = shape.spec.geometry, starts[-1] * WORD
     if isinstance(g, Conv) and image_of(g).copied:
         size += padded_elements(g, image_of(g)) * width(shape.spec.input_dtype)
-    return Memory(starts[0], starts[1], starts[2], starts[3], starts[4], size + LINE)
+    table, lanes, sums, tile, made, image = starts
+    return Memory(table, lanes, sums, tile, made, word, image, size + LINE)
 
 
 def keeps_lanes(shape: Shape) -> bool:
@@ -67,7 +57,7 @@ def keeps_lanes(shape: Shape) -> bool:
 def emit(spec: ContractSpec, knobs: LanesKnobs, epilogue: Epilogue, name: str) -> KernelFunc:
     """The kernel ``void name(begin, end, x, weights, offsets, [spans], [init], operands..., out, scratch)``."""
     shape, b = Shape(spec, knobs), Builder(name)
-    memory = memory_of(shape)
+    memory = memory_of(shape, words_of(epilogue))
     x = b.param("x", spec.input_dtype, spec.input_elements)
     weights = b.param("weights", spec.weight_dtype, ANY)
     offsets = b.param("offsets", U16, ANY)
@@ -81,9 +71,13 @@ def emit(spec: ContractSpec, knobs: LanesKnobs, epilogue: Epilogue, name: str) -
         first, last = _padded_rows(b, shape, g)
         emit_padded(b, g, image_of(g), x, padded, spec.pad_value, first, last)
         x = padded
+    operands, sums = words_of(epilogue), b.view(scratch, S32)
+    words = None
+    if operands is not None and isinstance(epilogue, PointwiseEpilogue):
+        words = Words(b, shape, memory, epilogue, operands, pointers, sums)
     writer = _Writer(
         b, shape, memory, products_of(spec, knobs), b.view(x, S32), b.view(weights, S32), offsets, spans, init,
-        epilogue, pointers, b.view(scratch, S32),
+        words, epilogue, pointers, sums,
     )  # fmt: skip
     with b.loop(b.end, b.begin, name="task") as task:
         writer.task(task)
@@ -114,6 +108,7 @@ class _Writer:
     offsets: Pointer
     spans: Pointer | None
     init: Pointer | None
+    words: Words | None
     epilogue: Epilogue
     pointers: Mapping[str, Pointer]
     scratch: Pointer
@@ -145,15 +140,22 @@ class _Writer:
         entry: Index = 0
         if not shape.pointers:
             entry = b.index(part * (shape.per_block * shape.entries_per_group))
-        full = shape.full_blocks
-        if full:
-            self._block(0, part, groups, entry, vectors, True, 0)
-        if full > 1:
-            with b.loop(full, 1, name="block") as k:
-                self._block(k, part, groups, entry, vectors, False, 0)
-        if shape.blocks > full:
-            self._block(full, part, groups, entry, vectors, full == 0, 1)
-        self._finish(row, part, vectors)
+        first = b.index(part * shape.knobs.outputs)
+        if self.words is not None:
+            self.words.fetch(row, first, part, vectors)
+        final = shape.blocks - 1
+        if final:
+            self._block(0, part, groups, entry, vectors, True, False)
+        if final > 1:
+            with b.loop(final, 1, name="block") as k:
+                self._block(k, part, groups, entry, vectors, False, False)
+        self._block(final, part, groups, entry, vectors, final == 0, True)
+        if self.words is None:
+            self._finish(row, part, vectors)
+            return
+        if not self.words.fused:
+            self.words.all(part, first, vectors)
+        self.words.write(row, part, first, vectors)
 
     def _table(self, row: Index, vectors: int) -> None:
         """The first word of every row; rows past the end repeat the last one."""
@@ -188,9 +190,13 @@ class _Writer:
         table = b.at(self.scratch, self.memory.table)
         rows_to_lanes(b, self.x, table, shift, units, vectors, self.scratch, place, pitch, shape.lanes)
 
-    def _block(self, k: Index, part: Index, groups: Index, entry: Index, vectors: int, first: bool, size: int) -> None:
-        """One K block of all groups of outputs. ``size`` 1: the last, shorter block."""
+    def _block(
+        self, k: Index, part: Index, groups: Index, entry: Index, vectors: int, first: bool, final: bool
+    ) -> None:
+        """One K block of all groups of outputs. ``first`` and ``final``: whether it is that one; the final one may be
+        shorter."""
         b, shape = self.b, self.shape
+        size = 1 if final and shape.blocks > shape.full_blocks else 0
         units = shape.units - shape.full_blocks * shape.knobs.block if size else shape.knobs.block
         if keeps_lanes(shape):
             lanes = b.index(self.memory.lanes + k * (shape.knobs.block * shape.pitch // WORD))
@@ -208,10 +214,13 @@ class _Writer:
                 count = shape.knobs.counts[size] if shape.knobs.counts else 0
                 start = b.index(at + g * count)
                 output, end = g, start + count
-            self._group(output, start, end, lanes, vectors, first)
+            self._group(output, start, end, lanes, vectors, b.index(part * shape.knobs.outputs), first, final)
 
-    def _group(self, group: Index, start: Index, end: Index, lanes: Index, vectors: int, first: bool) -> None:
-        """Add the entries of one group of outputs to its sums."""
+    def _group(
+        self, group: Index, start: Index, end: Index, lanes: Index, vectors: int, part: Index, first: bool, final: bool
+    ) -> None:
+        """Add the entries of one group of the outputs from ``part`` on to its sums; the ``final`` ones may be made
+        results at once."""
         b, shape = self.b, self.shape
         shared, step = shape.knobs.shared, shape.pitch // WORD
         sums = b.view(self.scratch, shape.acc)
@@ -222,10 +231,10 @@ class _Writer:
 
         acc: list[list[Register]] = []
         for o in range(shared):
-            starts = [
-                const(0, shape.acc, shape.lanes) if first else b.load(sums, where(o, r), shape.lanes)
-                for r in range(vectors)
-            ]
+            initial = const(0, shape.acc, shape.lanes)
+            if first and self.init is not None:
+                initial = b.let(b.load(self.init, part + group * shared + o).spread(shape.lanes))
+            starts = [initial if first else b.load(sums, where(o, r), shape.lanes) for r in range(vectors)]
             acc.append([b.register(shape.acc, shape.lanes, v, "acc") for v in starts])
         whole = b.index((end - start) // UNROLLED) if shared == 1 else 0
         if shared == 1:
@@ -234,6 +243,9 @@ class _Writer:
         with b.loop(end, b.index(start + whole * UNROLLED), name="entry") as e:
             offset = b.index(b.load(self.offsets, e).cast(S32).expr)
             self._products(acc, lanes, offset, e)
+        if final and self.words is not None and self.words.fused:
+            self.words.quad(group, part, acc)
+            return
         for o, row in enumerate(acc):
             for r, register in enumerate(row):
                 b.store(sums, where(o, r), register.get())
@@ -302,9 +314,8 @@ class _Writer:
             with b.loop(count, name="part") as p:
                 at = b.index(place + p * (lanes * step))
                 values = transposed(b, [b.let(b.load(sums, at + i * step, lanes)) for i in range(lanes)])
-                init = b.let(b.load(self.init, first + col + p * lanes, lanes)) if self.init is not None else None
                 for i, v in enumerate(values):
-                    b.store(sums, tile + i * wide + p * lanes, v if init is None else v + init)
+                    b.store(sums, tile + i * wide + p * lanes, v)
             base = b.index(row + r * lanes)
             with b.loop(minimum(lanes, shape.spec.rows - base), name="row") as i:
                 line = b.index(tile + i * wide)

@@ -124,6 +124,22 @@ class Shape:
         return 2 * (self.per_block + 1)
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Where the parts of the scratch memory begin, in words: first words of the rows, activations in lanes, sums, a
+    tile of finished rows, words of results and of their operands (``words_size`` each), padded images; and where it
+    ends, in bytes."""
+
+    table: int
+    lanes: int
+    sums: int
+    tile: int
+    words: int
+    words_size: int
+    image: int
+    size: int
+
+
 def quad_of(spec: ContractSpec) -> int:
     """Activations of a unit: four of 8 bits, one float."""
     return 4 if spec.element == "u8s8" else 1

@@ -15,6 +15,7 @@ from bitwright.codegen.tvm.lanes.choose import default_knobs, filled, refusal, s
 from bitwright.codegen.tvm.lanes.emit import emit, memory_of
 from bitwright.codegen.tvm.lanes.packing import kept_of, pack, units_of, unpack
 from bitwright.codegen.tvm.lanes.spec import LanesKnobs, Shape
+from bitwright.codegen.tvm.lanes.words import words_of
 from bitwright.codegen.tvm.template import Arg, Config, Refused
 from bitwright.ir.graph import Graph
 from bitwright.ir.patterns import violation
@@ -61,7 +62,8 @@ class Lanes(Contract):
             return Refused(_loses(body.types[root.inputs[1]], share, gain, other, target))
         safe = spec.element == "u8s8" and target.isa == "avx2" and contract.pairs_are_safe(spec, weight)
         tile = default_knobs(spec, target.isa, kept, shared, encoding, safe_pairs=safe)
-        return _config(dense, tile, _reason(encoding, spec, tile, share, gain))
+        words = words_of(epilogue_of(body, dense))
+        return _config(dense, tile, words, _reason(encoding, spec, tile, share, gain))
 
     def space(self, body: Graph, constants: Mapping[str, Array], target: Target) -> Space:
         return Space()
@@ -111,7 +113,7 @@ def _with(spec: ContractSpec, nm: NM) -> ContractSpec:
     return replace(spec, pattern=NM(nm.keep, nm.group, 1, block=nm.block))
 
 
-def _config(dense: ContractConfig, tile: LanesKnobs, reason: str) -> LanesConfig:
+def _config(dense: ContractConfig, tile: LanesKnobs, words: tuple[int, ...] | None, reason: str) -> LanesConfig:
     """The dense kernel's decisions with this kernel's tasks, scratch memory and streams."""
     shape = Shape(dense.spec, tile)
     kept = {f.name: getattr(dense, f.name) for f in fields(dense)}
@@ -119,7 +121,7 @@ def _config(dense: ContractConfig, tile: LanesKnobs, reason: str) -> LanesConfig
     args = [a for a in dense.args if a.kind != "packed"]
     streams = [Arg("packed", i) for i in range(packed)]
     kept |= {
-        "tasks": shape.row_blocks * shape.output_blocks, "scratch_bytes": memory_of(shape).size,
+        "tasks": shape.row_blocks * shape.output_blocks, "scratch_bytes": memory_of(shape, words).size,
         "args": (args[0], *streams, *args[1:]), "reason": reason, "knobs": None, "tile": tile,
     }  # fmt: skip
     return LanesConfig(**kept)

@@ -70,14 +70,18 @@ def rows_to_lanes(
     with b.loop(vectors, name="vector") as r:
         bases = [b.index(b.load(table, r * lanes + i).expr + shift) for i in range(lanes)]
         place = b.index(to + r * lanes)
-
-        def tile(first: Index, count: int) -> None:
-            columns = transposed(b, [b.let(b.load(x, base + first, lanes)) for base in bases])
-            for i, column in enumerate(columns[:count]):
-                b.store(out, place + (first + i) * pitch, column)
-
         whole = units // lanes
         with b.loop(whole, name="chunk") as chunk:
-            tile(b.index(chunk * lanes), lanes)
+            lane_tile(b, x, bases, b.index(chunk * lanes), lanes, out, place, pitch)
         if units % lanes:
-            tile(whole * lanes, units % lanes)
+            lane_tile(b, x, bases, whole * lanes, units % lanes, out, place, pitch)
+
+
+def lane_tile(
+    b: Builder, x: Pointer, bases: Sequence[Index], first: Index, count: int, out: Pointer, to: Index, pitch: int
+) -> None:
+    """Words ``first`` .. ``first + count`` behind every base in ``x`` into lanes: word u of all rows goes to word
+    ``to + u * pitch`` of ``out``."""
+    columns = transposed(b, [b.let(b.load(x, base + first, len(bases))) for base in bases])
+    for i, column in enumerate(columns[:count]):
+        b.store(out, to + (first + i) * pitch, column)

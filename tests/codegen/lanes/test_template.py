@@ -65,9 +65,9 @@ def inputs_of(body: Graph, weight: Array) -> list[Array]:
         t = v.type
         if v.name == "w":
             made.append(weight)
-        elif v.name == "m":
+        elif v.name[0] == "m":
             made.append(rng.integers(1 << 20, 1 << 21, t.static_shape).astype(np.int32))
-        elif v.name == "e":
+        elif v.name[0] == "e":
             made.append(np.full(t.static_shape, 30, np.int32))
         elif t.dtype.is_integer:
             made.append(rng.integers(0, 256, t.static_shape).astype(t.dtype.numpy))

@@ -36,6 +36,7 @@ PASSES: Mapping[str, str] = {
     "equalize-layers": "precision.equalize_layers:EqualizeLayers",
     "assign-precision": "precision.assign_precision:AssignPrecision",
     "quantize-weights": "precision.quantize_weights:QuantizeWeights",
+    "quantize-channels": "precision.quantize_channels:QuantizeChannels",
     "dynamic-quantize": "precision.dynamic_quantize:DynamicQuantize",
     "quantize-int8": "precision.quantize_int8:QuantizeInt8",
     "smooth-quant": "precision.smooth_quant:SmoothQuant",

@@ -79,7 +79,8 @@ def adaquant(
 
     Minimises |W X - Q(W + V) Q(X)|² over V, the scales (and zero points) of the weights, the range and zero point of
     the activation, and the bias, by straight-through gradients; V is continuous, so that a code may move by more than
-    one. Four Adam optimizers, minibatches of ``batch`` rows of ``inputs``, squared error after relu where ``relu``.
+    one. Four Adam optimizers, whose rates fall linearly to zero (the paper's stay), minibatches of ``batch`` rows of
+    ``inputs``, squared error after relu where ``relu``.
 
     ``weight`` [outputs, K] or [groups, outputs, K]; ``inputs`` [(groups,) rows, K], float; ``scale`` and ``zero``
     [(groups,) outputs, scales], ``columns`` (long [K]) the scale of each column when there are several. ``x_bits``:
@@ -169,7 +170,7 @@ class _Task:
         groups = [([state.x_reach, state.x_zero], used.activation), ([state.reach, state.zero], used.range)]
         groups += [([state.weight], used.weight), ([state.bias], used.bias)]
         chosen = [([t for t in ts if t.requires_grad], rate) for ts, rate in groups]
-        optimizers = [torch.optim.Adam(ts, lr=rate) for ts, rate in chosen if ts]
+        optimizers = [(torch.optim.Adam(ts, lr=rate), rate) for ts, rate in chosen if ts]
         generator = torch.Generator().manual_seed(seed)
         first = least = self.error(state)
         best, rows, look = state.copy(), self.x.shape[1], max(1, iterations // _LOOKS)
@@ -180,7 +181,9 @@ class _Task:
                 grads = torch.autograd.grad(loss, learnt)
             for t, g in zip(learnt, grads, strict=True):
                 t.grad = g
-            for o in optimizers:
+            left = 1 - (i - 1) / iterations
+            for o, rate in optimizers:
+                o.param_groups[0]["lr"] = rate * left
                 o.step()
             if i % look == 0 or i == iterations:
                 error = self.error(state)
@@ -212,7 +215,7 @@ class _Task:
         step = float((state.reach / max(1, self.form.top)).detach().mean())
         size = float(self.plain(self.x[:, :: max(1, self.x.shape[1] // _ROWS)]).square().mean().sqrt())
         reach = float(state.x_reach.detach())
-        return Rates(1e-2 * reach, 2e-3 * float(state.reach.detach().mean()), 3e-3 * step, 1e-3 * size)
+        return Rates(1e-2 * reach, 2e-3 * float(state.reach.detach().mean()), 1e-2 * step, 1e-3 * size)
 
     def scales(self, state: _State) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and whole zero point, [g, o, scales]."""

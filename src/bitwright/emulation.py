@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,8 @@ class Emulated(Elsewhere):
         chain = emulator_of(self.manifest.arch)
         if why := chain.missing():
             raise BitwrightError(f"emulating {chain.name}: {why}")
-        self._held = tempfile.TemporaryDirectory(prefix="bitwright-emulated-")
-        self.folder = Path(self._held.name)
+        self.folder = Path(tempfile.mkdtemp(prefix="bitwright-emulated-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         (self.folder / "program.so").write_bytes(contents.library)
         contents.weights.tofile(self.folder / "weights")
         (self.folder / "driver.c").write_text(_DRIVER)

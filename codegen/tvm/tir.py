@@ -223,10 +223,10 @@ class Builder:
         self.emit(tirx.Bind(var, value))
         return var
 
-    def prefetch(self, pointer: Pointer, index: Index) -> None:
-        """Ask for the cache line of an element; any address is harmless."""
+    def prefetch(self, pointer: Pointer, index: Index, write: bool = False) -> None:
+        """Ask for the cache line of an element, to ``write`` to it or to read; any address is harmless."""
         address = tirx.address_of(tirx.BufferLoad(pointer.buffer, [pointer.offset + index]))
-        self.emit(tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, 0, 3, 1)))
+        self.emit(tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, int(write), 3, 1)))
 
     # ---- control
     @contextmanager

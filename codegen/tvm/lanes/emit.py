@@ -9,6 +9,7 @@ from bitwright.codegen.tvm.contract.epilogue import Epilogue
 from bitwright.codegen.tvm.contract.padding import emit_padded, padded_elements
 from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, KernelFunc, Matrix, image_of
 from bitwright.codegen.tvm.epilogue import PointwiseEpilogue
+from bitwright.codegen.tvm.lanes.ahead import Ahead
 from bitwright.codegen.tvm.lanes.packing import OFFSET
 from bitwright.codegen.tvm.lanes.products import Operand, Products, products_of
 from bitwright.codegen.tvm.lanes.spec import WORD, LanesKnobs, Memory, Shape
@@ -72,12 +73,14 @@ def emit(spec: ContractSpec, knobs: LanesKnobs, epilogue: Epilogue, name: str) -
         emit_padded(b, g, image_of(g), x, padded, spec.pad_value, first, last)
         x = padded
     operands, sums = words_of(epilogue), b.view(scratch, S32)
+    far = [n for n, p in pointers.items() if n == "out" or p.name in {f"e{i}" for i in operands or ()}]
+    ahead = Ahead(b, shape, x, {n: pointers[n] for n in far})
     words = None
     if operands is not None and isinstance(epilogue, PointwiseEpilogue):
         words = Words(b, shape, memory, epilogue, operands, pointers, sums)
     writer = _Writer(
         b, shape, memory, products_of(spec, knobs), b.view(x, S32), b.view(weights, S32), offsets, spans, init,
-        words, epilogue, pointers, sums,
+        words, ahead, epilogue, pointers, sums,
     )  # fmt: skip
     with b.loop(b.end, b.begin, name="task") as task:
         writer.task(task)
@@ -109,6 +112,7 @@ class _Writer:
     spans: Pointer | None
     init: Pointer | None
     words: Words | None
+    ahead: Ahead
     epilogue: Epilogue
     pointers: Mapping[str, Pointer]
     scratch: Pointer
@@ -141,19 +145,20 @@ class _Writer:
         if not shape.pointers:
             entry = b.index(part * (shape.per_block * shape.entries_per_group))
         first = b.index(part * shape.knobs.outputs)
-        if self.words is not None:
-            self.words.fetch(row, first, part, vectors)
         final = shape.blocks - 1
         if final:
             self._block(0, part, groups, entry, vectors, True, False)
         if final > 1:
             with b.loop(final, 1, name="block") as k:
                 self._block(k, part, groups, entry, vectors, False, False)
-        self._block(final, part, groups, entry, vectors, final == 0, True)
+        if self.words is not None and self.words.fused:
+            self.words.fetch(row, first, part, vectors)
+        self._block(final, part, groups, entry, vectors, final == 0, True, row)
         if self.words is None:
             self._finish(row, part, vectors)
             return
         if not self.words.fused:
+            self.words.fetch(row, first, part, vectors)
             self.words.all(part, first, vectors)
         self.words.write(row, part, first, vectors)
 
@@ -191,7 +196,7 @@ class _Writer:
         rows_to_lanes(b, self.x, table, shift, units, vectors, self.scratch, place, pitch, shape.lanes)
 
     def _block(
-        self, k: Index, part: Index, groups: Index, entry: Index, vectors: int, first: bool, final: bool
+        self, k: Index, part: Index, groups: Index, entry: Index, vectors: int, first: bool, final: bool, row: Index = 0
     ) -> None:
         """One K block of all groups of outputs. ``first`` and ``final``: whether it is that one; the final one may be
         shorter."""
@@ -214,6 +219,8 @@ class _Writer:
                 count = shape.knobs.counts[size] if shape.knobs.counts else 0
                 start = b.index(at + g * count)
                 output, end = g, start + count
+            if final:
+                self.ahead.group(g, row, part, b.index(part * shape.knobs.outputs))
             self._group(output, start, end, lanes, vectors, b.index(part * shape.knobs.outputs), first, final)
 
     def _group(

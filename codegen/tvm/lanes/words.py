@@ -18,6 +18,8 @@ from bitwright.ir.types import S32, U8
 
 QUAD = 4
 """Outputs of a word."""
+TOGETHER = (4, 3, 2, 1)
+"""Vectors of rows whose results are made at once: what belongs to an output is loaded once for them."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,15 @@ class Words:
         cols, outputs = self.shape.spec.cols, self.shape.knobs.outputs
         counts = [-(-n // QUAD) for n in (cols - last * outputs, min(outputs, cols))]
         sums = b.view(self.scratch, self.shape.acc)
-        with b.loop(b.index(choose(part == last, *counts)), name="quad") as q, b.loop(vectors, name="vector") as r:
-            place = b.index(self.memory.sums + q * (QUAD * self.step) + r * lanes)
-            four = [
-                [b.register(self.shape.acc, lanes, b.load(sums, place + o * self.step, lanes))] for o in range(QUAD)
-            ]
-            self._make(q, first, four, [r])
+        together = next(n for n in TOGETHER if vectors % n == 0)
+        with (
+            b.loop(b.index(choose(part == last, *counts)), name="quad") as q,
+            b.loop(vectors // together, name="vectors") as v,
+        ):
+            near = [b.index(v * together + r) for r in range(together)]
+            place = b.index(self.memory.sums + q * (QUAD * self.step))
+            loads = [[b.load(sums, place + o * self.step + r * lanes, lanes) for r in near] for o in range(QUAD)]
+            self._make(q, first, [[b.register(self.shape.acc, lanes, x) for x in row] for row in loads], near)
 
     def _make(self, quad: Index, first: Index, sums: Sequence[Sequence[Register]], vectors: Sequence[Index]) -> None:
         b, lanes = self.b, self.shape.lanes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitwright import cli_advise, cli_compare, cli_targets, cli_tune
+from bitwright import cli_advise, cli_compare, cli_explore, cli_targets, cli_tune
 from bitwright.cli_options import Calibration, Compiled, Input, Model, Recipe, TargetName, Threads
 from bitwright.cli_options import load as _load
 from bitwright.cli_options import progress as _progress
@@ -301,6 +301,7 @@ def mask(
 app.add_typer(cli_targets.app)
 app.command()(cli_targets.simulate)
 app.command()(cli_compare.compare)
+app.command()(cli_explore.explore)
 app.command()(cli_tune.tune)
 
 

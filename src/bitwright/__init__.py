@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         verify,
     )
     from bitwright.float_training import small_float_training
+    from bitwright.frontends.mlir import load_mlir, to_mlir
     from bitwright.ir.graph import Graph
     from bitwright.ir.target import Target
     from bitwright.runtime.program import Program
@@ -52,6 +53,7 @@ _LAZY = {
         )
     },
     "emulate": "bitwright.emulation",
+    **dict.fromkeys(("load_mlir", "to_mlir"), "bitwright.frontends.mlir"),
     "Graph": "bitwright.ir.graph",
     "Target": "bitwright.ir.target",
     "Program": "bitwright.runtime.program",
@@ -87,11 +89,13 @@ __all__ = [
     "errors",
     "load",
     "load_graph",
+    "load_mlir",
     "load_onnx",
     "optimize",
     "simulate",
     "small_float_training",
     "sparse_training",
+    "to_mlir",
     "to_onnx",
     "tune",
     "verify",

@@ -78,12 +78,15 @@ def compile_command(
         str, typer.Option(help="Of --target c: compiler the sizes are of; host, cortex-m4, ...")
     ] = "cortex-m4",
 ) -> None:
-    """Compile a model into a program (.bw) or, with --target c, a folder of C, and show what was done to each layer.
+    """Compile a model into a program (.bw), --target c: a folder of C, --target mlir: MLIR; show each layer's part.
 
     [dim]bitwright compile model.onnx --recipe "nm-mask{pattern=2:4}, int8" --calibrate inputs.npz -o model.bw[/]
     """
-    from bitwright import cli_c, cli_io, cli_show, driver
+    from bitwright import cli_c, cli_io, cli_mlir, cli_show, driver
 
+    if target == "mlir":
+        out = cli_mlir.compiled(model, output, recipe, calibrate, size)
+        return cli_show.console().print(f"wrote {out}", markup=False)
     sources = cli_c.wanted(target, flash, ram, cc)
     out = output or (model.with_name(f"{model.stem}_c") if sources else model.with_suffix(".bw"))
     if not out.parent.is_dir():
@@ -243,7 +246,7 @@ def opt(
         str, typer.Option("--passes", "-p", help='Passes, as in "fold-batch-norm, nm-mask{pattern=2:4}".')
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Text graph to write, weights beside it; or .onnx.")
+        Path | None, typer.Option("--output", "-o", help="Text graph to write, weights beside it; or .onnx, .mlir.")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help=".safetensors; else the file beside the text.")] = None,
     target: Annotated[str | None, typer.Option("--target", "-t", help="Target the passes may ask about.")] = None,

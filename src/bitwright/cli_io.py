@@ -67,12 +67,17 @@ def save_text(path: Path, text: str) -> None:
 
 
 def save_graph(path: Path, graph: Graph) -> None:
-    """Write a graph: ONNX where the name ends in .onnx, else text with its weights in a .safetensors file beside it."""
+    """Write a graph as its name ends: .onnx, .mlir (torch dialect), .mlirbc; else text, weights in a .safetensors."""
     from bitwright import driver
     from bitwright.ir.text import show
 
     if path.suffix == ".onnx":
         driver.to_onnx(graph, path)
+        return
+    if path.suffix in (".mlir", ".mlirbc"):
+        from bitwright.frontends.mlir import to_mlir
+
+        to_mlir(graph, path)
         return
     if graph.weights:
         graph.weights.save(path.with_suffix(".safetensors"))
@@ -142,12 +147,12 @@ def _is_float(dtype: str) -> bool:
 
 
 def load_model(path: Path, weights: Path | None = None) -> Graph:
-    """A graph from .onnx, .pt2 or .bw-ir (its weights beside it, or in ``weights``); raises :class:`InvalidInput`."""
+    """A graph from .onnx, .pt2, .mlir or .bw-ir (weights beside it or in ``weights``); raises :class:`InvalidInput`."""
     from bitwright import driver
     from bitwright.ir.ops import Weight
 
-    if path.suffix not in (".onnx", ".pt2", ".bw-ir", ".bw"):
-        raise InvalidInput(f"{path}: expected a model ending in .onnx, .pt2 (torch.export.save) or .bw-ir")
+    if path.suffix not in (".onnx", ".pt2", ".mlir", ".mlirbc", ".bw-ir", ".bw"):
+        raise InvalidInput(f"{path}: expected a model ending in .onnx, .pt2 (torch.export.save), .mlir or .bw-ir")
     if path.suffix == ".pt2":
         return _load_exported(path)
     if path.suffix != ".bw-ir":

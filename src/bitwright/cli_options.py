@@ -12,7 +12,9 @@ import typer
 if TYPE_CHECKING:
     from bitwright.ir.graph import Graph
 
-Model = Annotated[Path, typer.Argument(help="A model: .onnx, .pt2 (torch.export.save) or .bw-ir (bitwright's text).")]
+Model = Annotated[
+    Path, typer.Argument(help="A model: .onnx, .pt2 (torch.export.save), .mlir (torch dialect) or .bw-ir (text).")
+]
 Compiled = Annotated[Path, typer.Argument(metavar="MODEL.BW", help="A compiled program. It is native code: trust it.")]
 TargetName = Annotated[str, typer.Option("--target", "-t", help="Machine to compile for; see `bitwright targets`.")]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help='Passes and recipes, as in "nm-mask{pattern=2:4}, int8".')]

@@ -78,6 +78,10 @@ def to_graph(model: Any, example_inputs: Any = None) -> Graph:
             return load_graph(path)
         if path.suffix == ".bw":
             raise InvalidInput(f"{path} is already compiled; load it with bitwright.load")
+        if path.suffix in (".mlir", ".mlirbc"):
+            from bitwright.frontends.mlir import load_mlir
+
+            return load_mlir(path)
         return load_onnx(path)
     if type(model).__name__ == "ModelProto":
         return load_onnx(model)

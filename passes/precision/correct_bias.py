@@ -26,6 +26,7 @@ from bitwright.passes.precision._statistics import (
     reference_of,
     run_mended,
 )
+from bitwright.passes.precision._tune_bias import tune_biases
 from bitwright.passes.sparsity._inputs import need_calibration
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class CorrectBias(Pass):
 
     ``empirical``: measured on calibration data, layer after layer, each on what the corrected layers before it give.
     ``analytic``: without data, (W - W_q) E[x] with the E[x] that a batch norm (and relu or clamp behind it) implies;
-    zero padding is left out of account.
+    zero padding is left out of account. ``tuned``: all biases are learnt together by gradients, on what the model gives
+    (bias tuning of Hubara et al. 2021); never further from the float model's outputs on the calibration data.
 
     before:
         graph @g (%x: f32[4, 2]) -> (y = %y) level=graph {
@@ -61,7 +63,7 @@ class CorrectBias(Pass):
     name: ClassVar[str] = "correct-bias"
     lossy: ClassVar[bool] = True
     uses: ClassVar[tuple[str, ...]] = ("reference",)
-    method: Literal["empirical", "analytic"] = "empirical"
+    method: Literal["empirical", "analytic", "tuned"] = "empirical"
     only: str = "*"
     except_: str = ""
 
@@ -77,7 +79,7 @@ class CorrectBias(Pass):
                 context.refuse(self.name, layer_of(graph, node), why)
             else:
                 layers[node.output] = node
-        measure = self._measured if self.method == "empirical" else self._implied
+        measure = {"empirical": self._measured, "analytic": self._implied, "tuned": self._tuned}[self.method]
         shifts = measure(graph, reference, context, layers)
         return affine(graph, shifts) if shifts else graph
 
@@ -106,6 +108,16 @@ class CorrectBias(Pass):
 
         run_mended(graph, context, self.name, set(layers), mend)
         return shifts
+
+    def _tuned(self, graph: Graph, reference: Graph, context: Context, layers: dict[str, Node]) -> dict[str, Array]:
+        need_calibration(context, self.name)
+        if not layers:
+            return {}
+        found = moments(reference, context, self.name, {x: channel_axis(n.op) for x, n in layers.items()})
+        units = {x: np.full_like(m.variance, np.sqrt(m.variance.mean())) for x, m in found.items()}
+        tuned = tune_biases(graph, reference, context.calibration, units)
+        context.remark(self.name, "model", output_error=tuned.before**0.5, output_error_after=tuned.after**0.5)
+        return tuned.shifts if tuned.after < tuned.before else {}
 
     def _implied(self, graph: Graph, reference: Graph, context: Context, layers: dict[str, Node]) -> dict[str, Array]:
         from bitwright.ir.semantics import apply

@@ -17,6 +17,8 @@ from bitwright.passes import Context, parse_passes, run_pipeline
 from bitwright.passes._norms import Norm
 from bitwright.passes.pipelines import CANONICAL
 from bitwright.passes.precision._expected import clipped_normal_mean, expected_mean
+from bitwright.passes.precision._sensitivity import relative_error
+from bitwright.passes.precision._tune_bias import tune_biases
 from bitwright.passes.precision.correct_bias import CorrectBias
 from tests.digits_networks import captured, data, trained
 from tests.passes.precision.test_retune_norms import coarse
@@ -124,3 +126,39 @@ def test_without_the_float_model_or_data(read: Read) -> None:
         CorrectBias().run(graph, Context())
     with pytest.raises(InvalidInput, match="needs calibration data"):
         CorrectBias().run(graph, Context(facts={"reference": graph}))
+
+
+def few_bits(tail: str = "") -> tuple[Graph, Context]:
+    """The network with 3-bit weights, whose nearest codes move the means, and what a recipe makes of it."""
+    context = Context(calibration=data().batches())
+    recipe = f"{CANONICAL}, observe-ranges, quantize-weights{{bits=3}}, quantize-int8{tail}"
+    return run_pipeline(captured(trained("plain")), parse_passes(recipe), context)[0], context
+
+
+def output_error(graph: Graph, context: Context) -> float:
+    """Relative squared error on images that calibration has not seen."""
+    x = [data().test_x]
+    return relative_error(evaluate(graph, x), evaluate(context.facts["reference"], x))
+
+
+def test_after_the_norms_only_learnt_biases_find_something() -> None:
+    low, context = few_bits(", retune-norms")
+    assert CorrectBias().run(low, context) is low
+    told = len(context.remarks)
+    after = CorrectBias(method="tuned").run(low, context)
+    verify(after)
+    ((name, place, facts),) = context.remarks[told:]
+    assert (name, place) == ("correct-bias", "model")
+    assert facts["output_error_after"] < 0.95 * facts["output_error"]
+    assert output_error(after, context) < output_error(low, context)
+
+
+def test_learnt_biases_start_at_the_quantized_model() -> None:
+    low, context = few_bits()
+    reference, batches = context.facts["reference"], list(context.calibration)[:2]
+    layer = next(n.output for n in low.nodes if n.op.spelling == "conv")
+    tuned = tune_biases(low, reference, batches, {layer: np.ones(low.types[layer].shape[1])}, epochs=1)
+    got, want = ([evaluate(g, b)[0] for b in batches] for g in (low, reference))
+    square = sum(float((a - b).square().sum()) for a, b in zip(got, want, strict=True))
+    assert tuned.before == pytest.approx(square / sum(float(b.square().sum()) for b in want), rel=1e-3)
+    assert tuned.after <= tuned.before

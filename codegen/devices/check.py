@@ -10,7 +10,7 @@ from bitwright.codegen.devices.schema import Device, Instruction
 from bitwright.codegen.devices.words import word_problems
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.numerics import safe_terms
-from bitwright.ir.types import NM
+from bitwright.ir.types import NM, TERNARY
 
 Problem = tuple[tuple[Any, ...], str]
 
@@ -39,11 +39,23 @@ def problems_of(device: Device) -> list[Problem]:
 
 def _options(device: Device) -> list[Problem]:
     """What only some devices have."""
-    try:
-        words = device.words
-    except ValidationError as error:
-        return [(_place("options.words", e["loc"]), e["msg"]) for e in error.errors()]
-    return [] if words is None else list(word_problems(device, words))
+    out: list[Problem] = []
+    for name in ("words", "gates"):
+        try:
+            getattr(device, name)
+        except ValidationError as error:
+            out += [(_place(f"options.{name}", e["loc"]), e["msg"]) for e in error.errors()]
+    if unknown := [k for k in device.options if k not in ("words", "gates")]:
+        out.append((("options",), f"no device has {', '.join(unknown)}; options are words and gates"))
+    if out:
+        return out
+    if device.gates is not None and (wide := [i.name for i in device.instruction if not _ternary(i)]):
+        out.append((("options.gates",), f"gates multiply ternary by ternary, {', '.join(wide)} something else"))
+    return out + ([] if device.words is None else list(word_problems(device, device.words)))
+
+
+def _ternary(i: Instruction) -> bool:
+    return i.parsed.x == TERNARY and i.parsed.w == TERNARY
 
 
 def _place(table: str, loc: tuple[Any, ...]) -> tuple[Any, ...]:

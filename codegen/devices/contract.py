@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,22 @@ from bitwright.ir.interpret import evaluate
 from bitwright.ir.semantics import torch_dtype
 
 Tensor = torch.Tensor
+Sums = Callable[[Instruction, Tensor, Tensor, int], Tensor]
 
 
-def product(node: Node, i: Instruction, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The contraction's result, as its operator means it, computed by the instruction."""
+def product(
+    node: Node, i: Instruction, x: Tensor, w: Tensor, bias: Tensor | None = None, sums: Sums | None = None
+) -> Tensor:
+    """The contraction's result, as its operator means it, computed by the instruction (by ``sums``: in another way)."""
+    sums = sums or _sums
     op = node.op
     if isinstance(op, ops.IntMatMul | ops.MatMul | ops.SmallMatMul):
-        y = _matmul(op, i, x, w)
+        y = _matmul(op, i, x, w, sums)
     elif isinstance(op, ops.Conv | ops.IntConv | ops.SmallConv):
-        y = _conv(op, i, x, w)
+        y = _conv(op, i, x, w, sums)
     else:
         rows = x.reshape(-1, 1, x.shape[-1])
-        y = _sums(i, rows, w.reshape(w.shape[0], 1, -1), getattr(op, "x_zero", 0)).reshape(*x.shape[:-1], -1)
+        y = sums(i, rows, w.reshape(w.shape[0], 1, -1), getattr(op, "x_zero", 0)).reshape(*x.shape[:-1], -1)
     y = y.to(torch_dtype(node.type.dtype))
     return y if bias is None else y + bias
 
@@ -72,7 +77,7 @@ def _sums(i: Instruction, rows: Tensor, w: Tensor, zero: int) -> Tensor:
     return acc
 
 
-def _matmul(op: Any, i: Instruction, a: Tensor, b: Tensor) -> Tensor:
+def _matmul(op: Any, i: Instruction, a: Tensor, b: Tensor, sums: Sums) -> Tensor:
     b = b if op.transpose_b else b.transpose(-1, -2)
     lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a, b = a.expand(*lead, *a.shape[-2:]), b.expand(*lead, *b.shape[-2:])
@@ -80,14 +85,14 @@ def _matmul(op: Any, i: Instruction, a: Tensor, b: Tensor) -> Tensor:
     zeros = getattr(op, "a_zero", 0), getattr(op, "b_zero", 0)
     out = []
     for left, right in zip(flat_a, flat_b, strict=True):
-        y = _sums(i, left[:, None], right[:, None], zeros[0]).to(torch.int64 if any(zeros) else left.dtype)
+        y = sums(i, left[:, None], right[:, None], zeros[0]).to(torch.int64 if any(zeros) else left.dtype)
         if zeros[1]:
             y = y - zeros[1] * (left.to(torch.int64) - zeros[0]).sum(1, keepdim=True)
         out.append(y)
     return torch.stack(out).reshape(*lead, a.shape[-2], b.shape[-2])
 
 
-def _conv(op: Any, i: Instruction, x: Tensor, w: Tensor) -> Tensor:
+def _conv(op: Any, i: Instruction, x: Tensor, w: Tensor, sums: Sums) -> Tensor:
     n, zero, groups = w.dim() - 2, getattr(op, "x_zero", 0), getattr(op, "groups", 1)
     x = x if op.channels_last else x.movedim(1, -1)
     pads = [p for a in reversed(range(n)) for p in ((op.padding[a], op.padding[n + a]) if op.padding else (0, 0))]
@@ -106,7 +111,7 @@ def _conv(op: Any, i: Instruction, x: Tensor, w: Tensor) -> Tensor:
     weights = w.flatten(2).transpose(1, 2)  # [outputs, taps, channels of a group]
     inside, outside = x.shape[-1] // groups, w.shape[0] // groups
     made = [
-        _sums(i, rows[..., g * inside : (g + 1) * inside], weights[g * outside : (g + 1) * outside], zero)
+        sums(i, rows[..., g * inside : (g + 1) * inside], weights[g * outside : (g + 1) * outside], zero)
         for g in range(groups)
     ]
     y = torch.cat(made, 1).reshape(x.shape[0], *size, -1)

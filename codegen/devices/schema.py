@@ -17,6 +17,7 @@ from bitwright.ir.target import Rate, SparseRate, Target, in_bytes
 from bitwright.ir.types import S32, U8
 
 if TYPE_CHECKING:
+    from bitwright.codegen.devices.gates import Gates
     from bitwright.codegen.devices.words import WordFormat
 
 
@@ -108,7 +109,7 @@ class Device(_Table):
     """Static power in watts."""
     instruction: Annotated[tuple[Instruction, ...], Field(min_length=1)]
     options: dict[str, Any] = Field(default_factory=dict)
-    """What is there only on some devices: ``words`` with lanes of several widths, ``faults``, ``resting`` gates."""
+    """What is there only on some devices: ``words`` with lanes of several widths, ``gates`` that rest."""
 
     @cached_property
     def words(self) -> WordFormat | None:
@@ -116,6 +117,13 @@ class Device(_Table):
         from bitwright.codegen.devices.words import WordFormat
 
         return WordFormat.model_validate(self.options["words"]) if "words" in self.options else None
+
+    @cached_property
+    def gates(self) -> Gates | None:
+        """``[options.gates]``: what products of zeros do not cost; raises :class:`pydantic.ValidationError`."""
+        from bitwright.codegen.devices.gates import Gates
+
+        return Gates.model_validate(self.options["gates"]) if "gates" in self.options else None
 
     @property
     def area(self) -> float:

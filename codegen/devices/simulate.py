@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.codegen.devices.contract import product, product_in_words
+from bitwright.codegen.devices.gates import Activity, GatedSums
 from bitwright.codegen.devices.schema import Device
 from bitwright.codegen.devices.select import Selected, cure_of, select, work_of
 from bitwright.ir import ops
@@ -179,8 +180,11 @@ def _named(layers: Sequence[Layer], sizes: Sequence[float]) -> str:
     return ", ".join(f"{x.origin or x.name} {n:.0f} bytes" for x, n in zip(layers, sizes, strict=True))
 
 
-def simulate(made: Schedule, inputs: Sequence[Any]) -> list[Array]:
-    """The outputs, computed by the instructions' meanings; ``inputs`` in the graph's order."""
+def simulate(made: Schedule, inputs: Sequence[Any], activity: Activity | None = None) -> list[Array]:
+    """The outputs, computed by the instructions' meanings; ``inputs`` in the graph's order.
+
+    ``activity`` counts the gates of a device that has them.
+    """
     from bitwright.ir.semantics import apply
 
     graph = made.graph
@@ -189,13 +193,13 @@ def simulate(made: Schedule, inputs: Sequence[Any]) -> list[Array]:
         if isinstance(node.op, ops.Weight | ops.Constant):
             values[node.output] = to_torch(graph.constant(node.output))
         elif isinstance(node.op, ops.Region):
-            _region(made, node, values)
+            _region(made, node, values, activity or Activity())
         else:
             values.update(zip(node.outputs, apply(node.op, *(values[x] for x in node.inputs)), strict=True))
     return [to_numpy(values[o]) for o in graph.outputs]
 
 
-def _region(made: Schedule, node: Node, values: dict[str, Any]) -> None:
+def _region(made: Schedule, node: Node, values: dict[str, Any], activity: Activity) -> None:
     from bitwright.ir.semantics import apply
 
     assert isinstance(node.op, ops.Region)
@@ -207,6 +211,10 @@ def _region(made: Schedule, node: Node, values: dict[str, Any]) -> None:
             inner[n.output] = to_torch(body.constant(n.output))
         elif selected is not None and selected.words is not None:
             inner[n.output] = product_in_words(n, selected.words, *(inner[x] for x in n.inputs))
+        elif selected is not None and selected.instruction is not None and made.device.gates is not None:
+            sums = GatedSums()
+            inner[n.output] = product(n, selected.instruction, inner[n.inputs[0]], inner[n.inputs[1]], sums=sums)
+            activity.count(n.origin or n.output, sums.active, selected.work.macs)
         elif selected is not None and selected.instruction is not None:
             inner[n.output] = product(n, selected.instruction, *(inner[x] for x in n.inputs))
         else:

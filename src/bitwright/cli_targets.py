@@ -135,8 +135,11 @@ def _print(done: Simulation) -> None:
     reasons = {x.reason: x.instruction for x in made.layers if x.reason}
     if reasons:
         console.print(cli_show.table(["reason"], [(r,) for r in reasons], title="Why"))
+    if made.device.gates is not None:
+        counted = done.activity.active, done.activity.resting
+        console.print(f"{counted[0]:,} gates active, {counted[1]:,} at rest (one factor is zero)")
     same = "identical to the reference" if done.identical else "NOT the reference's"
     console.print(
-        f"{made.cycles:,.0f} cycles, {units.seconds(made.seconds)}, {made.energy * 1e6:.3g} µJ, weights "
+        f"{made.cycles:,.0f} cycles, {units.seconds(made.seconds)}, {done.energy * 1e6:.3g} µJ, weights "
         f"{units.size(int(made.weight_bytes))}; outputs {same}"
     )

@@ -177,7 +177,7 @@ def _device_row(
     most = max((x.activation_bytes for x in made.layers), default=0.0)
     note = f"{made.cycles:,.0f} cycles" + ("" if done.identical else "; NOT the reference's bits")
     return Row(
-        made.device.name, recipe, made.seconds, "simulated", made.weight_bytes, most, made.energy,
+        made.device.name, recipe, made.seconds, "simulated", made.weight_bytes, most, done.energy,
         _distance(done.outputs, plain), done.outputs, note,
     )  # fmt: skip
 

@@ -288,7 +288,7 @@ def _measured(
         raise InvalidInput(f"the outputs of {device.name} are not the reference's: a meaning loses what was proved")
     error = relative_rms(_outputs(done.lowered.graph, data), _outputs(graph, data))
     made = done.schedule
-    return Design(guess.patterns, recipe, error, made.cycles, guess.area, made.energy, made.weight_bytes)
+    return Design(guess.patterns, recipe, error, made.cycles, guess.area, done.energy, made.weight_bytes)
 
 
 __all__ = ["Design", "explore", "front", "plot", "save", "with_patterns"]

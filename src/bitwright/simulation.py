@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.assemble import batch_symbol, fit_batches, refuse_broken, refuse_empty
+from bitwright.codegen.devices.gates import Activity
 from bitwright.codegen.devices.schema import Device
 from bitwright.codegen.devices.simulate import Schedule, schedule, simulate
 from bitwright.ir.errors import InvalidInput
@@ -29,6 +30,14 @@ class Simulation:
     outputs: tuple[Array, ...]
     expected: tuple[Array, ...]
     lowered: Lowered
+    activity: Activity
+    """Gates that were active and that rested; none where the device has no gates."""
+
+    @property
+    def energy(self) -> float:
+        """Joules: the schedule's, and those of the gates by the values that met."""
+        gates = self.schedule.device.gates
+        return self.schedule.energy + (self.activity.energy(gates) if gates is not None else 0.0)
 
     @property
     def identical(self) -> bool:
@@ -52,7 +61,8 @@ def simulate_graph(
     made = schedule(bound, device)
     given = example(bound, inputs if inputs is not None else (calibration[0] if len(calibration) else None))
     expected = tuple(to_numpy(t) for t in evaluate(bound, given))
-    return Simulation(made, tuple(given), tuple(simulate(made, given)), expected, done)
+    activity = Activity()
+    return Simulation(made, tuple(given), tuple(simulate(made, given, activity)), expected, done, activity)
 
 
 def example(graph: Graph, data: Any) -> list[Array]:

@@ -7,10 +7,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from bitwright.codegen.tuning.space import Knob, Point, Rule, Setting, Space
 from bitwright.codegen.tvm.contract.spec import LANES, NEON, ContractSpec, Conv, Isa
 from bitwright.codegen.tvm.lanes.emit import WIDE
 from bitwright.codegen.tvm.lanes.packing import counts_of
-from bitwright.codegen.tvm.lanes.spec import WORD, LanesKnobs, quad_of
+from bitwright.codegen.tvm.lanes.spec import WORD, LanesKnobs, Shape, quad_of
 from bitwright.ir.types import NM, Encoding, Unstructured
 
 Array = NDArray[Any]
@@ -73,20 +74,23 @@ def default_knobs(
     encoding: Encoding | None = None,
     *,
     safe_pairs: bool = False,
+    point: Point | None = None,
 ) -> LanesKnobs:
     """The tile to start from, for weights whose kept units (bool [groups of outputs, units]) are these.
 
-    A fixed number of entries, if that wastes little, otherwise row pointers. ``shared`` is 1, 2 or 4.
+    A fixed number of entries, if that wastes little, otherwise row pointers. ``shared`` is 1, 2 or 4. A ``point`` of
+    :func:`knobs_of` sets the vectors, the bytes of a K block and the outputs of a task.
     """
-    lanes, units = LANES[isa], kept.shape[1]
+    point, lanes, units = point or {}, LANES[isa], kept.shape[1]
     short = units * SHORT_VECTORS * lanes * WORD <= SHORT_BYTES
     most = min(_VECTORS[lanes][shared], SHORT_VECTORS if short else MOST_VECTORS)
     needed = ceil(spec.rows / lanes)
-    vectors = ceil(needed / ceil(needed / most))
+    vectors = int(point.get("vectors", ceil(needed / ceil(needed / most))))
     pitch = vectors * lanes * WORD
-    near = LANES_BYTES if shared == 1 or units * pitch <= LANES_BYTES else SHARED_BYTES
+    near = int(point.get("near", near_bytes(units, pitch, shared)))
     block = _block(units, max(1, near // pitch), _period(encoding, quad_of(spec)))
     outputs = _outputs(spec.cols, pitch, ceil(needed / vectors), lanes * WIDE, block if block == units else 0)
+    outputs = int(point.get("outputs", outputs))
     knobs = LanesKnobs(isa, vectors, shared, block, outputs, (), safe_pairs)
     counts = counts_of(kept, block)
     full = units // block
@@ -97,6 +101,34 @@ def default_knobs(
         if padded <= PADDING * max(1, int(counts.sum()))
         else knobs
     )
+
+
+def near_bytes(units: int, pitch: int, shared: int) -> int:
+    """Bytes that the activations of a K block may take."""
+    return LANES_BYTES if shared == 1 or units * pitch <= LANES_BYTES else SHARED_BYTES
+
+
+def knobs_of(spec: ContractSpec, knobs: LanesKnobs, sharing: tuple[int, ...]) -> Space:
+    """What may be tuned about a kernel that starts from ``knobs``: outputs that share entries, vectors of rows, outputs
+    of a task, bytes of activations of a K block."""
+    lanes, shape = LANES[knobs.isa], Shape(spec, knobs)
+    step, most = lanes * WIDE, 8 if lanes == 4 * WIDE else 4
+    needed = ceil(spec.rows / lanes)
+    default: dict[str, Setting] = {
+        "shared": knobs.shared, "vectors": knobs.vectors, "outputs": knobs.outputs,
+        "near": near_bytes(shape.units, shape.pitch, knobs.shared),
+    }  # fmt: skip
+    outputs = sorted({knobs.outputs, *(min(n * step, ceil(spec.cols / step) * step) for n in (1, 2, 4, 8, 16))})
+    listed = (
+        Knob("shared", sharing), Knob("vectors", tuple(n for n in range(1, most + 1) if n <= needed)),
+        Knob("outputs", tuple(outputs)), Knob("near", tuple(k * 1024 for k in (16, 24, 32, 48, 64, 96))),
+    )  # fmt: skip
+    registers = 2 * most
+
+    def fits(point: Point) -> bool:
+        return int(point["shared"]) * int(point["vectors"]) <= registers
+
+    return Space(default, listed, (Rule(f"the sums take more than {registers} registers", fits),))
 
 
 def _block(units: int, most: int, period: int) -> int:

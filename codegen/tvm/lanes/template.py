@@ -11,7 +11,7 @@ from bitwright.codegen.tuning.space import Point, Space
 from bitwright.codegen.tvm import contract
 from bitwright.codegen.tvm.contract.spec import ContractSpec
 from bitwright.codegen.tvm.contract_template import Contract, ContractConfig, epilogue_of, initial, root_of
-from bitwright.codegen.tvm.lanes.choose import default_knobs, filled, refusal, sharings
+from bitwright.codegen.tvm.lanes.choose import default_knobs, filled, knobs_of, refusal, sharings
 from bitwright.codegen.tvm.lanes.emit import emit, memory_of
 from bitwright.codegen.tvm.lanes.packing import kept_of, pack, units_of, unpack
 from bitwright.codegen.tvm.lanes.spec import LanesKnobs, Shape
@@ -40,8 +40,6 @@ class Lanes(Contract):
     name = "lanes"
 
     def at(self, body: Graph, constants: Mapping[str, Array], target: Target, point: Point) -> Config | Refused:
-        if point:
-            return Refused(f"the kernel has no knobs {sorted(point)}")
         root = root_of(body)
         if root is None or (encoding := body.types[root.inputs[1]].encoding) is None:
             return Refused("no contraction with sparse weights")
@@ -54,19 +52,24 @@ class Lanes(Contract):
         spec = dense.spec
         if why := refusal(spec, target.isa):
             return Refused(why)
-        gain, shared, kept = _best(spec, weight, encoding, target)
+        if point.get("shared", 1) not in sharings(encoding):
+            return Refused(f"{encoding} lets no {point['shared']} outputs share entries")
+        gain, shared, kept = _best(spec, weight, encoding, target, point)
         share, other = _share(kept), 1.0
         if isinstance(encoding, NM) and not contract.supports(_with(spec, encoding), target.isa):
             other = max(1.0, target.sparse_gain(spec.input_dtype, encoding))
-        if gain < max(PAYS, other):
+        if gain < max(PAYS, other) and not point:
             return Refused(_loses(body.types[root.inputs[1]], share, gain, other, target))
         safe = spec.element == "u8s8" and target.isa == "avx2" and contract.pairs_are_safe(spec, weight)
-        tile = default_knobs(spec, target.isa, kept, shared, encoding, safe_pairs=safe)
+        tile = default_knobs(spec, target.isa, kept, shared, encoding, safe_pairs=safe, point=point)
         words = words_of(epilogue_of(body, dense))
         return _config(dense, tile, words, _reason(encoding, spec, tile, share, gain))
 
     def space(self, body: Graph, constants: Mapping[str, Array], target: Target) -> Space:
-        return Space()
+        config, root = self.configure(body, constants, target), root_of(body)
+        if not isinstance(config, LanesConfig) or root is None:
+            return Space()
+        return knobs_of(config.spec, config.tile, sharings(body.types[root.inputs[1]].encoding))
 
     def pack(self, body: Graph, config: Config, constants: Mapping[str, Array]) -> list[Array]:
         assert isinstance(config, LanesConfig)
@@ -90,10 +93,15 @@ class Lanes(Contract):
         return violation(again, pattern) if pattern else ""
 
 
-def _best(spec: ContractSpec, weight: Array, encoding: NM | Unstructured, target: Target) -> tuple[float, int, Array]:
-    """The expected gain of the best number of outputs that share entries, that number, and the units they keep."""
+def _best(
+    spec: ContractSpec, weight: Array, encoding: NM | Unstructured, target: Target, point: Point
+) -> tuple[float, int, Array]:
+    """The expected gain of the best number of outputs that share entries (or that of the point), that number, and the
+    units they keep."""
     units, found = units_of(spec, weight), []
     for n in sharings(encoding):
+        if n != point.get("shared", n):
+            continue
         kept = kept_of(units, n)
         found.append((filled(spec, target.isa) * target.lanes_gain(spec.input_dtype, _share(kept), n), n, kept))
     return max(found, key=lambda choice: (choice[0], -choice[1]))

@@ -108,7 +108,7 @@ def lower(text: str | bytes, to: str = "linalg") -> str:
 
 
 def from_onnx(module: Module) -> None:
-    """Turn ``torch.operator "torch.onnx.*"`` into the torch dialect, in place; what is left over stays."""
+    """Turn ``torch.operator "onnx.*"`` into the torch dialect, in place; what is left over stays."""
     run_pipeline(module, _TORCH_ONNX, "convert-torch-onnx-to-torch")
 
 

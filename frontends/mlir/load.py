@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from bitwright.frontends.torch_export import capture
 from bitwright.ir import ops
 from bitwright.ir.build import Rewriter
 from bitwright.ir.errors import InvalidInput, Problem, Unsupported
-from bitwright.ir.graph import Graph
-from bitwright.ir.types import Dim, TensorType
+from bitwright.ir.graph import Graph, Node
+from bitwright.ir.types import S32, Dim, TensorType
 
 SIZES = (4, 6, 10, 14, 22, 26)
 """What symbolic sizes are while the program is read; torch takes 0 and 1 for special."""
@@ -32,7 +34,7 @@ def load_mlir(
     """Read a program of the torch dialect as a graph of the graph level.
 
     ``source``: a file (text or bytecode), the text or bytes themselves, or an ``ExportedProgram``, which torch-mlir's
-    importer turns into MLIR first. ``torch.onnx`` operators, as torch-mlir's ONNX importer writes them, are converted
+    importer turns into MLIR first. ``onnx`` operators, as torch-mlir's ONNX importer writes them, are converted
     by torch-mlir. ``shapes`` gives an input another shape (``{"arg0": ("b", 3, 32, 32)}``); without it a first size
     ``?`` is the symbol ``b``, and another one a problem. ``function`` is the one to read where there are several.
 
@@ -42,7 +44,7 @@ def load_mlir(
     """
     with context():
         module, name = _module(source)
-        if 'torch.operator "torch.onnx.' in module.operation.get_asm(large_elements_limit=4, large_resource_limit=4):
+        if 'torch.operator "onnx.' in module.operation.get_asm(large_elements_limit=4, large_resource_limit=4):
             from_onnx(module)
         program = Program(_function(module, function, name), name, resources(module), dict(shapes or {}))
         program.read()
@@ -116,6 +118,18 @@ class _Interpreter(torch.fx.Interpreter):
             raise InvalidInput(f"{n.meta.get('place', n.name)}: {n.target}: {first}") from e
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs a traceback for operands that do not fit, which is an error of ours here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _captured(program: Program, name: str) -> Graph:
     """The graph behind the operators read so far; every problem of both steps is raised together."""
     symbols = {s: SIZES[i] for i, s in enumerate(program.symbols)}
@@ -125,16 +139,31 @@ def _captured(program: Program, name: str) -> Graph:
     if symbols:
         specs = {v.name: {i: d for i, d in enumerate(v.type.shape) if isinstance(d, str)} for v in program.inputs}
     try:
-        with torch.fx.traceback.preserve_node_meta():
+        with torch.fx.traceback.preserve_node_meta(), _quiet():
             graph = capture(_Runs(program.operators, names), examples, dynamic_shapes=specs, name=program.name)
     except Unsupported as e:
         found = [replace(p, place=program.placed(p.place)) for p in e.problems]
         raise Unsupported([*program.problems, *found]) from e
     except InvalidInput as e:
-        raise InvalidInput(f"{name}: {str(e).partition('example inputs: ')[2] or e}") from e
+        why = str(e).partition("example inputs: ")[2] or str(e)
+        raise InvalidInput(why if name in why else f"{name}: {why}") from e
     if program.problems:
         raise Unsupported(program.problems)
     return _finished(graph, program)
+
+
+def _pool_of_codes(rw: Rewriter, n: Node) -> bool:
+    """A maximum over windows of codes, which is written in s32 and cast back, of the codes themselves."""
+    pool = rw.graph.producers.get(n.inputs[0]) if isinstance(n.op, ops.Cast) else None
+    if pool is None or not isinstance(pool.op, ops.MaxPool):
+        return False
+    wide = rw.graph.producers.get(pool.inputs[0])
+    if wide is None or not isinstance(wide.op, ops.Cast) or rw.graph.types[wide.inputs[0]].dtype != n.type.dtype:
+        return False
+    if pool.type.dtype != S32 or not n.type.dtype.is_integer or n.type.dtype.bits > 31:
+        return False
+    rw.keep_as(n, pool.op, rw.of(wide.inputs[0]))
+    return True
 
 
 def _finished(graph: Graph, program: Program) -> Graph:
@@ -142,6 +171,8 @@ def _finished(graph: Graph, program: Program) -> Graph:
     rw = Rewriter(graph)
     for n in graph.nodes:
         n = replace(n, origin=program.placed(n.origin))
+        if _pool_of_codes(rw, n):
+            continue
         if not isinstance(n.op, ops.Weight):
             rw.keep(n)
             continue

@@ -331,6 +331,9 @@ SPECIAL: dict[str, Callable[[Program, Any], None]] = {
 """Operators of the dialect that are no operators of torch."""
 
 
+_SPACES = ("aten", "prims", "torchvision", "quantized_decomposed")
+"""Where torch's operators live that a program may call."""
+
 _VALUES = {"torch.aten.view": "torch.aten.reshape", "torch.aten._unsafe_view": "torch.aten.reshape"}
 """Values have no strides in MLIR, so that a view of any value is a reshape."""
 
@@ -338,7 +341,7 @@ _VALUES = {"torch.aten.view": "torch.aten.reshape", "torch.aten._unsafe_view": "
 def _overload(name: str) -> Any:
     """torch's operator: ``torch.aten.add.Tensor`` is ``torch.ops.aten.add.Tensor``."""
     parts = _VALUES.get(name, name).removeprefix("torch.").split(".")
-    if len(parts) not in (2, 3):
+    if len(parts) not in (2, 3) or not name.startswith("torch.") or parts[0] not in _SPACES:
         return None
     packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
     return getattr(packet, parts[2] if len(parts) == 3 else "default", None) if packet is not None else None

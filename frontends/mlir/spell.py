@@ -64,22 +64,17 @@ def _group_norm(op: ops.GroupNorm, x: Tensor, scale: Tensor | None = None, bias:
     return F.group_norm(x, op.groups, scale, bias, op.eps) if _wide(x) else None
 
 
-def _attention(op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor | None:
-    plain = op.kv_groups == 1 and q.dim() == k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
-    if not plain or not _wide(q) or (op.causal and mask is not None) or (mask is not None and mask.dtype != q.dtype):
-        return None  # a row that a bool mask empties is NaN in the meaning, and zero in torch's
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=op.causal, scale=op.scale)
-
-
 def _max_pool(op: ops.MaxPool, x: Tensor) -> Tensor | None:
     n = len(op.kernel)
-    if op.channels_last or n > 2 or not x.is_floating_point():
+    if op.channels_last or n > 2:
         return None
     begin, end = op.padding[:n] or (0,) * n, op.padding[n:] or (0,) * n
     if begin != end or any(2 * p > k for p, k in zip(begin, op.kernel, strict=True)):
-        x, begin = pad_space(x, begin, end, float("-inf")), (0,) * n
-    run = (F.max_pool1d, F.max_pool2d)[n - 1]
-    return run(x, op.kernel, op.stride or (1,) * n, begin, op.dilation or (1,) * n)
+        fill = float("-inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
+        x, begin = pad_space(x, begin, end, fill), (0,) * n
+    run: Any = (F.max_pool1d, F.max_pool2d)[n - 1]
+    wide = x if x.is_floating_point() else x.to(torch.int32)  # torch-mlir 20261001 compares unsigned codes as signed
+    return run(wide, op.kernel, op.stride or (1,) * n, begin, op.dilation or (1,) * n).to(x.dtype)  # type: ignore[no-any-return]
 
 
 def _avg_pool(op: ops.AvgPool, x: Tensor) -> Tensor | None:
@@ -184,6 +179,6 @@ def _bound(dim: Any, sizes: dict[str, Any]) -> Any:
 
 IDIOMS: dict[type[ops.Op], Spelling] = {
     ops.Unary: _relu, ops.Conv: _conv, ops.BatchNorm: _batch_norm, ops.LayerNorm: _layer_norm,
-    ops.GroupNorm: _group_norm, ops.Attention: _attention, ops.MaxPool: _max_pool, ops.AvgPool: _avg_pool,
+    ops.GroupNorm: _group_norm, ops.MaxPool: _max_pool, ops.AvgPool: _avg_pool,
 }  # fmt: skip
-"""Operators that torch has whole."""
+"""Operators that torch has whole, and torch-mlir lowers to linalg (attention it lowers to an operator of its own)."""

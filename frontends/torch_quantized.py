@@ -8,7 +8,7 @@ import numpy as np
 
 from bitwright.frontends.torch_context import Context, Handler, dtype_from_torch
 from bitwright.ir import ops
-from bitwright.ir.types import F32, DType, TensorType, integer
+from bitwright.ir.types import F32, F64, S64, DType, TensorType, integer
 
 
 def _narrow(low: int, high: int, dtype: DType) -> DType | None:
@@ -90,8 +90,45 @@ def _dequantize_group(
     return _dequantize(cx, q, scale, zero, low, high, cx.rank(q) - 1, int(group_size))
 
 
+def _extremes(cx: Context, x: str, axes: tuple[int, ...]) -> tuple[str, str]:
+    """The lowest and highest value along some axes, zero among them."""
+    wide, none = cx.cast(x, F32), cx.constant(0.0, F32)
+    low, high = (cx.emit(ops.Reduce(fn, axes, len(axes) == 1), wide) for fn in ("min", "max"))
+    return cx.binary("min", low, none), cx.binary("max", high, none)
+
+
+def _choose(cx: Context, x: str, low: int, high: int, eps: float, dtype: Any, *_: Any) -> tuple[str, str]:
+    """Scale and zero point of the whole tensor, found at run time, asymmetric."""
+    least, most = _extremes(cx, x, tuple(range(cx.rank(x))))
+    return _asymmetric(cx, least, most, low, high, eps)
+
+
+def _asymmetric(cx: Context, least: str, most: str, low: int, high: int, eps: float) -> tuple[str, str]:
+    scale = cx.binary("div", cx.binary("sub", most, least), cx.constant(float(high - low), F32))
+    scale = cx.binary("max", scale, cx.constant(eps, F32))
+    zero = cx.binary("sub", cx.constant(float(low), F32), cx.unary("round", cx.binary("div", least, scale)))
+    return _pair(cx, scale, cx.emit(ops.Clamp(float(low), float(high)), zero))
+
+
+def _pair(cx: Context, scale: str, zero: str) -> tuple[str, str]:
+    """Scale and zero point in torch's types."""
+    return cx.cast(cx.reshape(scale, (1,)), F64), cx.cast(cx.reshape(zero, (1,)), S64)
+
+
+def _choose_symmetric(cx: Context, x: str, low: int, high: int, eps: float, dtype: Any, *_: Any) -> tuple[str, str]:
+    """Scale of the whole tensor, found at run time; zero is the code 0, or the middle of unsigned codes."""
+    least, most = _extremes(cx, x, tuple(range(cx.rank(x))))
+    reach = cx.binary("max", cx.unary("neg", least), most)
+    scale = cx.binary("div", reach, cx.constant((high - low) / 2, F32))
+    middle = 0.0 if low < 0 else (high + low + 1) // 2
+    return _pair(cx, cx.binary("max", scale, cx.constant(eps, F32)), cx.constant(float(middle), F32))
+
+
 def _dynamic(cx: Context, *_: Any, **__: Any) -> str:
-    raise cx.refuse("scales are computed at run time", "quantize statically: calibrate, then convert")
+    raise cx.refuse(
+        "a scale for each token is computed at run time",
+        'import the float model and compile it with recipe="weight-only{bits=8 group=0}", which does the same',
+    )
 
 
 _FAMILIES: dict[str, Handler] = {
@@ -101,7 +138,7 @@ _FAMILIES: dict[str, Handler] = {
     "quantize_per_channel.default": _quantize_channel, "dequantize_per_channel.default": _dequantize_channel,
     "quantize_per_channel_group.default": _quantize_group,
     "dequantize_per_channel_group.default": _dequantize_group,
-    "choose_qparams.tensor": _dynamic, "choose_qparams_symmetric.tensor": _dynamic,
+    "choose_qparams.tensor": _choose, "choose_qparams_symmetric.tensor": _choose_symmetric,
     "choose_qparams_per_token.default": _dynamic, "choose_qparams_per_token_asymmetric.default": _dynamic,
 }  # fmt: skip
 

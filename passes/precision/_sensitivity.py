@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PROBES = 8
 """Random output directions per batch for the trace: its relative error falls with the root of probes times outputs."""
-EFFORT = 1_000_000_000_000
+EFFORT = 500_000_000_000
 """Multiply-accumulates that measuring may take: a minute or so of one core."""
 Apply = Callable[[str, Choice], Graph]
 Outputs = Sequence["torch.Tensor"]

@@ -251,3 +251,34 @@ def test_a_network_converted_by_pt2e(tmp_path: Path) -> None:
     assert "generic" not in [x[3] for x in found]
     written = to_onnx(bw.capture(module, (x,)))
     assert gap(onnxruntime(written.SerializeToString(), x.numpy()), want) < 0.02
+
+
+class Dynamic(nn.Module):
+    """A linear layer as PT2E's dynamic quantization writes it: the input's scale is found at run time."""
+
+    def __init__(self, choose: str) -> None:
+        super().__init__()
+        import torch.ao.quantization.fx._decomposed
+
+        generator = torch.Generator().manual_seed(0)
+        self.choose = choose
+        self.register_buffer("w", torch.randint(-127, 128, (16, 32), generator=generator).to(torch.int8))
+        self.register_buffer("scale", torch.full((16,), 0.002))
+        self.register_buffer("zero", torch.zeros(16, dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = torch.ops.quantized_decomposed
+        s, z = getattr(q, self.choose).tensor(x, -128, 127, 1e-7, torch.int8)
+        x = q.dequantize_per_tensor(q.quantize_per_tensor(x, s, z, -128, 127, torch.int8), s, z, -128, 127, torch.int8)
+        w = q.dequantize_per_channel(self.w, self.scale, self.zero, 0, -127, 127, torch.int8)
+        return F.linear(x, w)
+
+
+@pytest.mark.parametrize("choose", ["choose_qparams", "choose_qparams_symmetric"])
+@pytest.mark.parametrize("shift", [0.0, 2.0, -3.0])
+def test_scales_that_pt2e_finds_at_run_time(choose: str, shift: float) -> None:
+    module = Dynamic(choose).eval()
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)) + shift
+    graph = bw.capture(module, (x,))
+    for y in (x, x * 3, -x, torch.zeros(5, 32), x.abs()):
+        torch.testing.assert_close(evaluate(graph, [y])[0], module(y))

@@ -20,7 +20,10 @@ from bitwright.compare import Row, agreement, compare, plot
 from bitwright.runtime import units
 
 OUT = Path("demo-out")
-TARGETS = ["host", "x86-avx2", "x86-portable", "c", "c:aarch64", "c:riscv64", "c:cortex-m4", "npu8", "bitword"]
+TARGETS = [
+    "host", "x86-avx2", "x86-portable", "aarch64", "riscv64-v", "c", "c:aarch64", "c:riscv64", "c:cortex-m4", "npu8",
+    "bitword",
+]  # fmt: skip
 RECIPES = {
     "int8": "int8",
     "2:4 int8": "nm-mask{pattern=2:4}, int8",
@@ -84,8 +87,8 @@ def main() -> None:
             raise SystemExit("the targets disagree")
         every += rows
     plot(every, OUT / "targets.png")
-    missing = {why for t in TARGETS if t.startswith("c:") for why in (toolchain(t[2:]).missing(),) if why}
-    for why in sorted(missing):
+    chains = [t.removeprefix("c:").removesuffix("-v") for t in TARGETS if t.startswith(("c:", "aarch64", "riscv64"))]
+    for why in sorted({why for c in chains if (why := toolchain(c).missing())}):
         cli_show.console().print(f"left out: {why}", markup=False)
     cli_show.console().print(f"wrote {OUT / 'targets.png'}", markup=False)
 

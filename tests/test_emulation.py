@@ -165,6 +165,10 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         compiler_for("sparc64")
     need("aarch64")
     program = bw.compile(graph, target="aarch64", recipe="int8", calibration=[inputs])
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda name: None)
+        (row,) = compare(graph, ["aarch64"], ["int8"], [inputs])
+        assert (row.outputs, row.note) == (None, TOOLCHAINS["aarch64"].missing())
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(BitwrightError, match=r"linking for aarch64: .* apt-get install gcc-aarch64-linux-gnu"):
         compiler_for("aarch64")

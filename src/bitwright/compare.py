@@ -109,16 +109,19 @@ def _machine_row(
     graph: Graph, target: str, recipe: str, data: Any, batch: int, inputs: list[Array], plain: tuple[Array, ...]
 ) -> Row:
     from bitwright import driver
+    from bitwright.emulation import emulator_of
 
     machine = resolve(target)
+    if machine.arch != platform.machine() and (why := emulator_of(machine.arch).missing()):
+        return Row(target, recipe, None, "", 0.0, 0.0, None, None, None, why)
     able = {f.replace("avxvnni", "avx_vnni") for f in machine.features} <= cpu_flags()
     program = driver.compile(graph, target=machine, recipe=recipe, calibration=data, batch=batch)
     figures = program.report.figures
     common = (figures["weight_bytes"] or 0.0, figures["arena_bytes"] or 0.0, None)
     if machine.arch != platform.machine():
         outputs, note = _emulated(program, inputs)
-        error = None if outputs is None else _distance(outputs, plain)
-        return Row(target, recipe, figures["predicted_seconds"], "predicted", *common, error, outputs, note)
+        seconds, error = figures["predicted_seconds"], _distance(outputs, plain)
+        return Row(target, recipe, seconds, "predicted", *common, error, outputs, note)
     if not able:
         return Row(
             target, recipe, figures["predicted_seconds"], "predicted", *common, None, None, "this CPU cannot run it"
@@ -130,14 +133,11 @@ def _machine_row(
     return Row(target, recipe, seconds, "measured", *common, _distance(outputs, plain), outputs, "one thread")
 
 
-def _emulated(program: Program, inputs: list[Array]) -> tuple[tuple[Array, ...] | None, str]:
-    """Outputs of a program for another architecture, or why there are none."""
+def _emulated(program: Program, inputs: list[Array]) -> tuple[tuple[Array, ...], str]:
+    """Outputs of a program for another architecture, and by what it ran."""
     from bitwright.emulation import emulate, emulator_of
 
-    chain = emulator_of(program.manifest.arch)
-    if why := chain.missing():
-        return None, why
-    result = emulate(program)(*inputs)
+    result, chain = emulate(program)(*inputs), emulator_of(program.manifest.arch)
     return result if isinstance(result, tuple) else (result,), f"emulated by {chain.emulator}"
 
 

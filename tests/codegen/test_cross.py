@@ -51,7 +51,7 @@ PATTERNS = [None, NM(2, 4, 1), NM(1, 4, 1), NM(4, 8, 1), NM(1, 16, 1), NM(3, 5, 
 
 def kernels(isa: Any) -> list[tuple[ContractSpec, Knobs, KernelFunc]]:
     """A kernel for every shape and pattern that there is one for."""
-    found = []
+    found: list[tuple[ContractSpec, Knobs, KernelFunc]] = []
     for (geometry, bits), pattern in ((s, p) for s in SHAPES for p in PATTERNS):
         spec = ContractSpec(
             "u8s8", geometry, pattern, init=len(found) % 3 == 0, pad_value=113 * isinstance(geometry, Conv)
@@ -145,8 +145,7 @@ def test_meaning_equals_spelling(instruction: Instruction, tmp_path: Path) -> No
 @pytest.mark.parametrize(("name", "word", "no"), [
     ("aarch64", "usdot", "sshll"), ("aarch64-dotprod", "sdot", "usdot"), ("riscv64-v", "vsetivli", "libm"),
 ])  # fmt: skip
-def test_inner_loops_use_the_instructions(name: str, word: str, no: str) -> None:
-    """And hold no vector moves to the stack."""
+def test_kernels_use_the_instructions(name: str, word: str, no: str) -> None:
     on = CROSS[name]
     spec = ContractSpec("u8s8", Matrix(32, 64, 128))
     func = emit(spec, knobs(spec, on.isa), StoreAcc(32, 64, spec.acc_dtype, False), "kernel")

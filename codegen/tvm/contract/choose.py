@@ -35,7 +35,7 @@ _TILES = {  # (rows, vectors) of the register tile: dense, sparse
     ("f32", "avx2"): ((4, 3), (3, 2)),
     ("f32", "portable"): ((2, 2), (2, 1)),
     ("u8s8", "neon-i8mm"): ((4, 4), (4, 4)),
-    ("u8s8", "neon-dot"): ((4, 4), (4, 4)),
+    ("u8s8", "neon-dot"): ((4, 3), (4, 3)),
     ("u8s8", "vector"): ((2, 2), (2, 1)),
     ("f32", "neon-i8mm"): ((4, 4), (4, 2)),
     ("f32", "neon-dot"): ((4, 4), (4, 2)),

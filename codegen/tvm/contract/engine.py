@@ -64,6 +64,15 @@ class Engine:
         return acc
 
     @property
+    def shifted(self) -> bool:
+        """Whether products lack what all rows of a tile lack alike: twice the sum of :meth:`lacking`."""
+        return False
+
+    def lacking(self, sums: Vec, w: Operand) -> Vec:
+        """sums + half of what products with these weights lack."""
+        raise NotImplementedError
+
+    @property
     def together(self) -> int:
         """How many vectors of channels a depthwise kernel interleaves at once: 2 with :meth:`interleave_pair`."""
         return 1
@@ -151,7 +160,17 @@ class DotBytes(Bytes):
 
 @dataclass(frozen=True)
 class ShiftedBytes(Bytes):
-    """sdot of activations less 128, and 128 times the sum of the weights, which every row of a tile shares: exact."""
+    """sdot of activations less 128, and 128 times the sum of the weights, which every row of a tile shares: exact.
+
+    Kernels of tiles sum up what lacks beside the products; others take it along as a second operand.
+    """
+
+    @property
+    def shifted(self) -> bool:
+        return True
+
+    def lacking(self, sums: Vec, w: Operand) -> Vec:
+        return call(arm.SDOT, sums, w[0], const(64, S8, self.lanes * 4))
 
     @property
     def biased(self) -> bool:
@@ -160,15 +179,20 @@ class ShiftedBytes(Bytes):
     def _activations(self, b: Builder, a: Vec) -> Operand:
         return (b.let(a ^ 0x80),)
 
+    def window(self, b: Builder, x: Pointer, at: Index, reach: int) -> Vec:
+        return b.let(super().window(b, x, at, reach) ^ 0x80)
+
+    def select(self, b: Builder, window: Vec, index: Vec) -> Operand:
+        return (b.let(call(self.shuffle, window, index).bits(U8)),)
+
     def weights(self, b: Builder, w: Pointer, at: Index, part: int = 0) -> Operand:
         raw = b.load(w, at, self.lanes * 4)
         plain = b.let(raw if self.bits == 8 else lowbit.as_bytes(raw, self.bits, part))
-        half = const(64, S8, self.lanes * 4)
-        sums = call(arm.SDOT, call(arm.SDOT, const(0, S32, self.lanes), plain, half), plain, half)
-        return plain, b.let(sums)
+        return plain, b.let(self.lacking(const(0, S32, self.lanes), (plain,)) << 1)
 
     def mac(self, acc: Vec, a: Operand, w: Operand) -> Vec:
-        return call(arm.SDOT, acc, a[0], w[0]) + w[1]
+        found = call(arm.SDOT, acc, a[0], w[0])
+        return found + w[1] if len(w) > 1 else found
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,9 @@ class TileWriter:
                 start = self.b.let(self.b.load(self.streams.init, place.col + j * lanes, lanes))
             for row in acc:
                 row.append(self.b.register(self.engine.acc, lanes, start, "acc"))
-        tile = _Tile(self, place, acc)
+        zero, missing = const(0, self.engine.acc, lanes), range(place.vectors if self.engine.shifted else 0)
+        lacking = [self.b.register(self.engine.acc, lanes, zero, "lacking") for _ in missing]
+        tile = _Tile(self, place, acc, lacking=lacking)
         tile.reduce(0, Cursor(place.x, place.weights, place.indices))
         tile.finish()
 
@@ -108,6 +110,8 @@ class _Tile:
     acc: list[list[Register]]
     sums: list[list[Register]] = field(default_factory=list)
     """16-bit partial sums of the chunk at hand, if the kernel has them."""
+    lacking: list[Register] = field(default_factory=list)
+    """Half of what every row of the tile still lacks, if products are shifted."""
 
     @property
     def weight_step(self) -> int:
@@ -232,7 +236,12 @@ class _Tile:
     def _weights(self, at: Cursor, j: int) -> Operand:
         engine = self.writer.engine
         where = at.weights + j * engine.lanes * engine.quad
-        return engine.weights(self.writer.b, self.writer.streams.weights, where, at.part)
+        found = engine.weights(self.writer.b, self.writer.streams.weights, where, at.part)
+        if not self.lacking:
+            return found
+        sums = self.lacking[j]
+        sums.set(engine.lacking(sums.get(), found))
+        return found[:1]
 
     def _indices(self, step: Step, at: Cursor, j: int) -> Vec:
         writer, stream = self.writer, self.writer.streams.indices
@@ -267,6 +276,8 @@ class _Tile:
         """One row of the tile."""
         writer, lanes, sums = self.writer, self.writer.engine.lanes, list[Vec]()
         for j, acc in enumerate(accs):
+            if self.lacking:
+                acc = acc + (self.lacking[j].get() << 1)
             if writer.scaled:
                 acc = writer.engine.total(acc)
                 col = self.place.col + j * lanes

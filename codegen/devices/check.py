@@ -10,8 +10,10 @@ from bitwright.codegen.devices.schema import Device, Instruction
 from bitwright.codegen.devices.words import word_problems
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.numerics import safe_terms
-from bitwright.ir.types import NM, TERNARY
+from bitwright.ir.types import BIPOLAR, NM, TERNARY
 
+OPTIONS = ("words", "gates", "cells")
+"""Tables of ``[options]``."""
 Problem = tuple[tuple[Any, ...], str]
 
 
@@ -40,18 +42,30 @@ def problems_of(device: Device) -> list[Problem]:
 def _options(device: Device) -> list[Problem]:
     """What only some devices have."""
     out: list[Problem] = []
-    for name in ("words", "gates"):
+    for name in OPTIONS:
         try:
             getattr(device, name)
         except ValidationError as error:
             out += [(_place(f"options.{name}", e["loc"]), e["msg"]) for e in error.errors()]
-    if unknown := [k for k in device.options if k not in ("words", "gates")]:
-        out.append((("options",), f"no device has {', '.join(unknown)}; options are words and gates"))
+    if unknown := [k for k in device.options if k not in OPTIONS]:
+        out.append((("options",), f"no device has {', '.join(unknown)}; options are {', '.join(OPTIONS)}"))
     if out:
         return out
     if device.gates is not None and (wide := [i.name for i in device.instruction if not _ternary(i)]):
         out.append((("options.gates",), f"gates multiply ternary by ternary, {', '.join(wide)} something else"))
+    if device.cells is not None and (
+        narrow := [i.name for i in device.instruction if not _holds(i, device.cells.levels)]
+    ):
+        reach = f"{-device.cells.levels} to {device.cells.levels}"
+        out.append(
+            (("options.cells", "levels"), f"pairs of cells read as {reach}: too wide for w of {', '.join(narrow)}")
+        )
     return out + ([] if device.words is None else list(word_problems(device, device.words)))
+
+
+def _holds(i: Instruction, levels: int) -> bool:
+    w = i.parsed.w
+    return w.is_integer and w.lo <= -levels and levels <= w.hi and w != BIPOLAR
 
 
 def _ternary(i: Instruction) -> bool:

@@ -17,6 +17,7 @@ from bitwright.ir.target import Rate, SparseRate, Target, in_bytes
 from bitwright.ir.types import S32, U8
 
 if TYPE_CHECKING:
+    from bitwright.codegen.devices.cells import Cells
     from bitwright.codegen.devices.gates import Gates
     from bitwright.codegen.devices.words import WordFormat
 
@@ -109,7 +110,8 @@ class Device(_Table):
     """Static power in watts."""
     instruction: Annotated[tuple[Instruction, ...], Field(min_length=1)]
     options: dict[str, Any] = Field(default_factory=dict)
-    """What is there only on some devices: ``words`` with lanes of several widths, ``gates`` that rest."""
+    """What only some devices have: ``words`` with lanes of several widths, ``gates`` that rest, ``cells`` that may be
+    stuck."""
 
     @cached_property
     def words(self) -> WordFormat | None:
@@ -124,6 +126,13 @@ class Device(_Table):
         from bitwright.codegen.devices.gates import Gates
 
         return Gates.model_validate(self.options["gates"]) if "gates" in self.options else None
+
+    @cached_property
+    def cells(self) -> Cells | None:
+        """``[options.cells]``: weights in cells that may be stuck; raises :class:`pydantic.ValidationError`."""
+        from bitwright.codegen.devices.cells import Cells
+
+        return Cells.model_validate(self.options["cells"]) if "cells" in self.options else None
 
     @property
     def area(self) -> float:

@@ -89,6 +89,8 @@ def fits(inner: DType, outer: DType) -> bool:
 def select(node: Node, body: Graph, weight: Array | None, device: Device) -> Selected | str:
     """The instruction with the fewest cycles, or why none runs this contraction (one line an instruction)."""
     work = work_of(node, body)
+    if device.cells is not None and (why := _not_in_cells(weight, device.cells.levels)):
+        return why
     if device.words is not None:
         return _in_words(node, body, work, weight, device)
     found: list[tuple[float, int, Instruction, str]] = []
@@ -105,6 +107,15 @@ def select(node: Node, body: Graph, weight: Array | None, device: Device) -> Sel
     cycles, steps, best, told = min(found, key=lambda f: (f[0], f[2].name))
     others = [f"{i.name} takes {c / cycles:.2g}x" for c, _, i, _ in found if i is not best]
     return Selected(work, best, steps, "; ".join([told, *others]))
+
+
+def _not_in_cells(weight: Array | None, levels: int) -> str:
+    if weight is None:
+        return "cells hold constant weights, these are computed"
+    most = int(np.abs(weight.astype(np.int64)).max(initial=0)) if weight.dtype.kind in "iu" else 0
+    return (
+        f"codes of up to {most}, a pair of cells holds {levels} (quantize-weights{{bits=4}})" if most > levels else ""
+    )
 
 
 def _in_words(node: Node, body: Graph, work: Work, weight: Array | None, device: Device) -> Selected | str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bitwright.codegen.devices.cells import Faults, stuck
 from bitwright.codegen.devices.contract import product, product_in_words
 from bitwright.codegen.devices.gates import Activity, GatedSums
 from bitwright.codegen.devices.schema import Device
@@ -180,10 +181,12 @@ def _named(layers: Sequence[Layer], sizes: Sequence[float]) -> str:
     return ", ".join(f"{x.origin or x.name} {n:.0f} bytes" for x, n in zip(layers, sizes, strict=True))
 
 
-def simulate(made: Schedule, inputs: Sequence[Any], activity: Activity | None = None) -> list[Array]:
+def simulate(
+    made: Schedule, inputs: Sequence[Any], activity: Activity | None = None, faults: Faults | None = None
+) -> list[Array]:
     """The outputs, computed by the instructions' meanings; ``inputs`` in the graph's order.
 
-    ``activity`` counts the gates of a device that has them.
+    ``activity`` counts the gates of a device that has them; ``faults`` are those of a device with cells.
     """
     from bitwright.ir.semantics import apply
 
@@ -193,13 +196,13 @@ def simulate(made: Schedule, inputs: Sequence[Any], activity: Activity | None = 
         if isinstance(node.op, ops.Weight | ops.Constant):
             values[node.output] = to_torch(graph.constant(node.output))
         elif isinstance(node.op, ops.Region):
-            _region(made, node, values, activity or Activity())
+            _region(made, node, values, activity or Activity(), faults or Faults())
         else:
             values.update(zip(node.outputs, apply(node.op, *(values[x] for x in node.inputs)), strict=True))
     return [to_numpy(values[o]) for o in graph.outputs]
 
 
-def _region(made: Schedule, node: Node, values: dict[str, Any], activity: Activity) -> None:
+def _region(made: Schedule, node: Node, values: dict[str, Any], activity: Activity, faults: Faults) -> None:
     from bitwright.ir.semantics import apply
 
     assert isinstance(node.op, ops.Region)
@@ -207,6 +210,8 @@ def _region(made: Schedule, node: Node, values: dict[str, Any], activity: Activi
     inner = {v.name: values[x] for v, x in zip(body.inputs, node.inputs, strict=True)}
     for n in body.nodes:
         selected = made.chosen.get(n.output)
+        if selected is not None and selected.instruction is not None and made.device.cells is not None:
+            inner[n.inputs[1]] = stuck(inner[n.inputs[1]], made.device.cells, faults, n.output)
         if isinstance(n.op, ops.Constant):
             inner[n.output] = to_torch(body.constant(n.output))
         elif selected is not None and selected.words is not None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         to_onnx,
         verify,
     )
+    from bitwright.fault_training import fault_training
     from bitwright.float_training import small_float_training
     from bitwright.frontends.mlir import load_mlir, to_mlir
     from bitwright.ir.graph import Graph
@@ -58,6 +59,7 @@ _LAZY = {
     "Target": "bitwright.ir.target",
     "Program": "bitwright.runtime.program",
     "constrained_training": "bitwright.a2q_training",
+    "fault_training": "bitwright.fault_training",
     "small_float_training": "bitwright.float_training",
     "sparse_training": "bitwright.training",
     "tune": "bitwright.tuning",
@@ -87,6 +89,7 @@ __all__ = [
     "constrained_training",
     "emulate",
     "errors",
+    "fault_training",
     "load",
     "load_graph",
     "load_mlir",

@@ -91,6 +91,8 @@ def simulate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help=".npz to write, outputs by name.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows computed at once of a model with a symbolic batch.")] = 1,
     budget: Annotated[str, typer.Option(help="Of a recipe that assigns precision: size=0.16.")] = "",
+    faults: Annotated[float, typer.Option(min=0, max=1, help="Share of stuck cells, of a device with cells.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Which cells are stuck: another seed is another chip.")] = 0,
 ) -> None:
     """Run a model on a device that exists on paper: its bits, and cycles and energy by layer.
 
@@ -104,13 +106,15 @@ def simulate(
         data = cli_io.calibration(calibrate, graph)
         names = [v.name for v in graph.inputs]
         given = list(cli_io.named(cli_io.load_arrays(input), names, str(input)).values()) if input else None
-        done = driver.simulate(graph, target, given, recipe=recipe, calibration=data, batch=batch, budget=budget)
+        done = driver.simulate(
+            graph, target, given, recipe=recipe, calibration=data, batch=batch, budget=budget, faults=faults, seed=seed
+        )
     _print(done)
     if output:
         arrays = dict(zip(done.schedule.graph.output_names, done.outputs, strict=True))
         cli_io.save_arrays(output, arrays)
         cli_show.console().print(f"wrote {output}", markup=False)
-    if not done.identical:
+    if not done.identical and not faults:
         raise InvalidInput(
             "the device's outputs are not the reference's: an instruction's meaning loses what was proved"
         )
@@ -139,6 +143,9 @@ def _print(done: Simulation) -> None:
         counted = done.activity.active, done.activity.resting
         console.print(f"{counted[0]:,} gates active, {counted[1]:,} at rest (one factor is zero)")
     same = "identical to the reference" if done.identical else "NOT the reference's"
+    if done.faults.rate:
+        stuck = f"{units.percent(done.faults.rate)} of the cells stuck (seed {done.faults.seed})"
+        same = f"{units.percent(done.error)} from the reference with {stuck}"
     console.print(
         f"{made.cycles:,.0f} cycles, {units.seconds(made.seconds)}, {done.energy * 1e6:.3g} µJ, weights "
         f"{units.size(int(made.weight_bytes))}; outputs {same}"

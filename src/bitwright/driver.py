@@ -263,18 +263,22 @@ def simulate(
     batch: int = 1,
     sizes: Mapping[str, int] | None = None,
     budget: str = "",
+    faults: float = 0.0,
+    seed: int = 0,
 ) -> Simulation:
     """Run a model on a device that exists on paper: by name, or by the path of its TOML file.
 
     ``inputs``: arrays in input order (None: those of the calibration data, or random ones); the rest as of
-    :func:`compile`. The result holds outputs, cycles and energy by layer, and whether the reference agrees.
+    :func:`compile`. The result holds outputs, cycles and energy by layer, and whether the reference agrees. ``faults``:
+    the share of stuck cells of a device that has cells (``rram``); ``seed`` says which chip.
     """
+    from bitwright.codegen.devices.cells import Faults
     from bitwright.codegen.devices.library import find_device
     from bitwright.simulation import simulate_graph
 
     found = find_device(device)
     graph, recipe, calibration = prepared(model, recipe, calibration, example_inputs, batch, sizes, budget)
-    return simulate_graph(graph, found, recipe, batches(calibration), inputs, batch)
+    return simulate_graph(graph, found, recipe, batches(calibration), inputs, batch, Faults(faults, seed))
 
 
 def prepared(

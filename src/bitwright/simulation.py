@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.assemble import batch_symbol, fit_batches, refuse_broken, refuse_empty
+from bitwright.codegen.devices.cells import Faults
 from bitwright.codegen.devices.gates import Activity
 from bitwright.codegen.devices.schema import Device
 from bitwright.codegen.devices.simulate import Schedule, schedule, simulate
@@ -32,6 +33,8 @@ class Simulation:
     lowered: Lowered
     activity: Activity
     """Gates that were active and that rested; none where the device has no gates."""
+    faults: Faults
+    """Stuck cells, of a device that has cells."""
 
     @property
     def energy(self) -> float:
@@ -43,14 +46,25 @@ class Simulation:
     def identical(self) -> bool:
         return all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in self._pairs())
 
+    @property
+    def error(self) -> float:
+        """Root mean square of the difference from the reference over that of the reference."""
+        pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in self._pairs()]
+        size = sum(float(np.square(b).sum()) for _, b in pairs)
+        return float(np.sqrt(sum(float(np.square(a - b).sum()) for a, b in pairs) / size)) if size else 0.0
+
     def _pairs(self) -> list[tuple[Array, Array]]:
         return list(zip(self.outputs, self.expected, strict=True))
 
 
 def simulate_graph(
-    graph: Graph, device: Device, recipe: Any, calibration: Sequence[Any], inputs: Any = None, batch: int = 1
-) -> Simulation:
+    graph: Graph, device: Device, recipe: Any, calibration: Sequence[Any], inputs: Any = None, batch: int = 1,
+    faults: Faults | None = None,
+) -> Simulation:  # fmt: skip
     """See :func:`bitwright.simulate` for the arguments and errors."""
+    faults = faults or Faults()
+    if faults.rate and device.cells is None:
+        raise InvalidInput(f"{device.name} has no cells that could be faulty: they are declared by [options.cells]")
     refuse_broken(graph)
     batch_symbol(graph, batch)
     calibration = fit_batches(graph, calibration)
@@ -62,7 +76,8 @@ def simulate_graph(
     given = example(bound, inputs if inputs is not None else (calibration[0] if len(calibration) else None))
     expected = tuple(to_numpy(t) for t in evaluate(bound, given))
     activity = Activity()
-    return Simulation(made, tuple(given), tuple(simulate(made, given, activity)), expected, done, activity)
+    outputs = tuple(simulate(made, given, activity, faults))
+    return Simulation(made, tuple(given), outputs, expected, done, activity, faults)
 
 
 def example(graph: Graph, data: Any) -> list[Array]:

@@ -53,7 +53,7 @@ def trained(data: digits.Digits, seed: int, rate: float) -> nn.Module:
     steps = EPOCHS * (len(data.x) // 32)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(EPOCHS):
-        for batch in torch.randperm(len(data.x))[: len(data.x) // 32 * 32].split(32):
+        for batch in torch.randperm(len(data.x))[: len(data.x) // 32 * 32].reshape(-1, 32):
             optimizer.zero_grad()
             functional.cross_entropy(net(data.x[batch]), data.y[batch]).backward()
             optimizer.step()
@@ -104,8 +104,8 @@ def table(rows: dict[tuple[str, float], list[float]], chips: int) -> str:
     lines = [
         "# Accuracy against stuck cells", "",
         f"Digits network of 5 thousand weights in 4 bits on the device `rram`, {TRAININGS} trainings of each kind, "
-        f"{chips} chips for each; test accuracy in percent, mean and worst. Drop-connect: `bitwright.fault_training(model, "
-        f"{TRAINED})`. `python benchmarks/faults.py --write`", "",
+        f"{chips} chips for each; test accuracy in percent, mean and worst. Drop-connect: "
+        f"`bitwright.fault_training(model, {TRAINED})`. `python benchmarks/faults.py --write`", "",
         "| stuck cells | plain | worst | drop-connect | worst |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for share in RATES:

@@ -115,7 +115,7 @@ def cover(needs: tuple[int, ...], patterns: tuple[tuple[int, ...], ...]) -> tupl
     More than ``UNITS`` outputs are covered in equal parts, the last of which may be less full than it could.
 
     >>> cover((2, 4, 8), ((2, 2, 4), (0, 0, 16))), cover((0, 1), ((1, 0),)), cover((1,), ((0,),))
-    ((1, 1), (1,), None)
+    ((2, 0), (1,), None)
     """
     unit = max(1, ceil(sum(needs) / UNITS))
     goal = tuple(np.cumsum([ceil(n / unit) for n in needs]).tolist())

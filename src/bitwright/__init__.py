@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         to_onnx,
         verify,
     )
-    from bitwright.fault_training import fault_training
+    from bitwright.drop_connect import fault_training
     from bitwright.float_training import small_float_training
     from bitwright.frontends.mlir import load_mlir, to_mlir
     from bitwright.ir.graph import Graph
@@ -59,7 +59,7 @@ _LAZY = {
     "Target": "bitwright.ir.target",
     "Program": "bitwright.runtime.program",
     "constrained_training": "bitwright.a2q_training",
-    "fault_training": "bitwright.fault_training",
+    "fault_training": "bitwright.drop_connect",
     "small_float_training": "bitwright.float_training",
     "sparse_training": "bitwright.training",
     "tune": "bitwright.tuning",

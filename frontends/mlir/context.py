@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,11 +168,15 @@ def elements(attr: Any, held: dict[str, bytes]) -> Array:
 
 def _dense(ir: Any, attr: Any, shape: tuple[int, ...], kind: np.dtype[Any]) -> Array:
     """The array of an inline ``dense<...>``."""
+    if kind.name == "bfloat16":  # NumPy has no buffer format for it, nor have the bindings a reader
+        inner = str(attr).partition("dense<")[2].rpartition("> : ")[0]
+        if inner.startswith('"0x'):
+            return np.frombuffer(bytes.fromhex(inner[3:-1]), kind).reshape(shape)
+        try:
+            return np.broadcast_to(np.array(json.loads(inner), np.float32).astype(kind), shape)
+        except ValueError as e:
+            raise InvalidInput(f"the literal {inner[:40]} has no array form: {e}") from e
     dense = ir.DenseElementsAttr(attr)
-    if kind.name == "bfloat16":  # NumPy has no buffer format for it
-        dense = ir.DenseFPElementsAttr(attr)
-        values = [dense[0]] * int(np.prod(shape)) if dense.is_splat else [dense[i] for i in range(len(dense))]
-        return np.array(values, np.float32).astype(kind).reshape(shape)
     if dense.is_splat:
         return np.full(shape, np.array(dense.get_splat_value().value), kind)
     return np.array(dense, kind).reshape(shape)

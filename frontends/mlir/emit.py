@@ -50,7 +50,7 @@ def emitted(
     from torch_mlir import ir
     from torch_mlir.extras.fx_importer import FxImporter, GraphNodeImporter
 
-    class Importer(GraphNodeImporter):  # type: ignore[misc,no-any-unimported]
+    class Importer(GraphNodeImporter):  # type: ignore[misc]
         """Operators at our locations, PT2E's as operators of quantized types."""
 
         def _import_torch_op_overload(self, loc: Any, node: FxNode, concrete_target: Any = None) -> None:

@@ -202,14 +202,14 @@ class Program:
             self.env[value] = self.operators.call(_item, result, i)
 
     def _problem(self, op: Any, name: str, why: str, cure: str = CURE) -> None:
-        """Note it, and go on with made-up inputs of the right types, to find the others."""
+        """Note it, and go on with made-up values of the right types (never folded), to find the others."""
         self.problems.append(Problem(name, self.operators.place, why, cure))
         for value in op.results:
             found = tensor_type(str(value.type))
             dtype, dims = found or (F32, ())
             shape = [SIZE_OF_OPEN if d is None else d for d in dims]
             kind = torch_dtype(dtype)
-            self.env[value] = self.operators.call(torch.ops.aten.zeros.default, shape, dtype=kind)
+            self.env[value] = self.operators.call(torch.ops.aten.empty.memory_format, shape, dtype=kind)
 
     def _return(self, op: Any) -> None:
         names = _each(self.function.attributes, "res_attrs", len(op.operands))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 import torch.nn.functional as F
@@ -146,6 +147,11 @@ class Spelled(torch.nn.Module):
             found = spelling(n.op, *xs)
         return apply(bind_op(n.op, {}), *xs) if found is None else (found,)
 
+    def _number(self, value: str) -> float:
+        found = self.graph.constant(value)
+        assert found is not None
+        return float(np.asarray(found).item())
+
     def _codes(self, n: Node, op: ops.Quantize | ops.Dequantize, xs: list[Tensor]) -> Tensor | None:
         """8-bit codes with constant scales, which torch-mlir has quantized types for."""
         types = self.graph.types
@@ -157,8 +163,8 @@ class Spelled(torch.nn.Module):
         word = "quantize" if isinstance(op, ops.Quantize) else "dequantize"
         dtype, low, high = kind
         if types[n.inputs[1]].rank == 0:
-            scale = float(self.graph.constant(n.inputs[1]))  # type: ignore[arg-type]
-            zero = int(self.graph.constant(n.inputs[2])) if len(n.inputs) > 2 else 0  # type: ignore[arg-type]
+            scale, *shift = (self._number(x) for x in n.inputs[1:])
+            zero = int(shift[0]) if shift else 0
             run: Any = getattr(torch.ops.quantized_decomposed, f"{word}_per_tensor").default
             return run(xs[0], scale, zero, low, high, dtype)  # type: ignore[no-any-return]
         if op.axis is None or (isinstance(op, ops.Quantize)):

@@ -128,11 +128,12 @@ def _exported(graph: Graph, spelled: Spelled) -> ExportedProgram:
             program = torch.export.export(
                 spelled, tuple(examples), dynamic_shapes=(tuple(specs),) if names else None, strict=False
             )
-            return program.run_decompositions({})
+            functional: ExportedProgram = program.run_decompositions({})
         except Exception as e:  # torch raises anything from AssertionError to UserError here
             first = next((x.strip() for x in str(e).splitlines() if x.strip()), type(e).__name__)
             cure = "fix the symbolic sizes" if names else "write the graph before the pass that made it"
             raise Unsupported(Problem("torch.export", graph.name, first, cure)) from e
+    return functional
 
 
 def _stored(graph: Graph, n: Node, held: torch.Tensor) -> Stored:

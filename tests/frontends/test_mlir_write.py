@@ -32,7 +32,7 @@ def captured(name: str) -> tuple[Graph, list[Array]]:
         config = BertConfig(
             vocab_size=99, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64
         )
-        model = zoo.Masked(BertModel(config, add_pooling_layer=False).eval(), "last_hidden_state")
+        model = zoo.Masked(BertModel(config, add_pooling_layer=False), "last_hidden_state").eval()
         inputs: tuple[torch.Tensor, ...] = zoo.tokens("tiny", 2, 12)
         return bw.capture(model, inputs), [x.numpy() for x in inputs]
     module, inputs = zoo.ZOO[name]("tiny")
@@ -59,7 +59,7 @@ def same_at_each_end(graph: Graph, inputs: list[Array], tolerance: float) -> tup
 def test_float_models_are_the_same_at_each_end(name: str) -> None:
     graph, inputs = captured(name)
     text, read = same_at_each_end(graph, inputs, 1e-5)
-    assert set(read.weights) >= {k for k, h in graph.weights.items() if h.array.size > 64}
+    assert set(read.weights) >= {k for k, h in graph.weights.items() if k.endswith("weight")}
     assert str(Path(__file__).parent.parent) not in text, "no path of this machine"
 
 

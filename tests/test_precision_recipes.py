@@ -149,3 +149,62 @@ def test_recipes_say_what_they_need(folder: Path) -> None:
         bw.compile(folder / "net.onnx", recipe="ptq-light", budget="size=0.16")
     with pytest.raises(InvalidInput, match="smallest"):
         compiled(folder, "ptq-light", "size=0.001")
+
+
+@pytest.mark.parametrize("recipe", ["ptq-light", "ptq-advanced"])
+@pytest.mark.parametrize("budget", ["size=0.16", "latency=0.7"])
+def test_recipes_with_a_budget_from_the_command_line(folder: Path, recipe: str, budget: str) -> None:
+    out = folder / f"{recipe}.bw"
+    code, text = cli(
+        "compile", folder / "net.onnx", "--recipe", recipe, "--budget", budget, "--calibrate", folder / "data.npz",
+        "-o", out,
+    )  # fmt: skip
+    assert code == 0, text
+    report = bw.load(out).report
+    kind, share = budget.split("=")
+    (told,) = [n for n in report.notes if n.startswith("assign-precision: ")]
+    assert f"cost_of {kind}" in told
+    assert "losses measured on 1 of 1 batches" in told
+    assert float(told.split(" cost ")[1].split(",")[0]) <= float(share) + 1e-9
+    assert "gap 0" in told
+    assert sum(n.startswith("correct-bias: output_error") for n in report.notes) == (recipe == "ptq-advanced")
+    assert " ".join(told.split()) in " ".join(cli("inspect", out)[1].split())
+
+
+def test_weight_only_from_the_command_line(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array((rng.standard_normal((64, 64)) / 8).astype(np.float32), n) for n in ("a.w", "b.w")
+    ]
+    nodes = [
+        helper.make_node("Gemm", ["x", "a.w"], ["h"], transB=1), helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "b.w"], ["y"], transB=1),
+    ]  # fmt: skip
+    x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", 64]) for n in "xy")
+    graph = helper.make_graph(nodes, "mlp", [x], [y], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / "mlp.onnx")
+    code, text = cli("compile", folder / "mlp.onnx", "--recipe", "weight-only", "-o", folder / "mlp.bw")
+    assert code == 0, text
+    assert {layer.formats.w for layer in bw.load(folder / "mlp.bw").report.layers if layer.formats.w} == {"s4"}
+
+
+def test_data_free_from_the_command_line(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    norm = {"scale": np.full(8, 0.7), "shift": np.full(8, 0.4), "mean": np.zeros(8), "variance": np.full(8, 1.3)}
+    weights = [numpy_helper.from_array(a.astype(np.float32), n) for n, a in norm.items()]
+    kernel, head = rng.standard_normal((8, 3, 3, 3)) / 5, rng.standard_normal((4, 8))
+    weights += [numpy_helper.from_array(a.astype(np.float32), n) for n, a in (("k", kernel), ("h.weight", head))]
+    nodes = [
+        conv("x", "k", "c"), helper.make_node("BatchNormalization", ["c", *norm], ["b"]),
+        helper.make_node("Relu", ["b"], ["r"]), helper.make_node("GlobalAveragePool", ["r"], ["m"]),
+        helper.make_node("Flatten", ["m"], ["f"]), helper.make_node("Gemm", ["f", "h.weight"], ["y"], transB=1),
+    ]  # fmt: skip
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 8, 8])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4])
+    graph = helper.make_graph(nodes, "normed", [x], [y], weights)
+    model = folder / "normed.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), model)
+    code, text = cli("compile", model, "--recipe", "data-free", "-o", folder / "normed.bw")
+    assert code == 0, text
+    layers = [x for x in bw.load(folder / "normed.bw").report.layers if x.formats.w]
+    assert {x.formats.w for x in layers} == {"s8"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -263,8 +263,10 @@ def report_of(
     weights = working_set(bound, target)
     layers = [_layer(k, bound, target, weights, errors, remarks) for k in kernels]
     seen = [Refusal(pass_name=r.pass_name, place=r.place, reason=r.reason, cure=r.cure) for r in passes.refusals]
+    whole = [f"{name}: {_told(facts)}" for name, facts in remarks.get("model", [])]
     return Report(
         model=graph.name, target=target.name, layers=layers, passes=rows, refusals=seen, pipeline=passes.pipeline,
+        notes=whole,
         facts={k: v for k, v in done.context.facts.items() if k.startswith(("ranges", "precision"))},
         machine={"cpu": cpu_name(), "isa": target.isa, "source": target.source},
         versions={"bitwright": __version__},
@@ -273,6 +275,10 @@ def report_of(
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _told(facts: Mapping[str, object]) -> str:
+    return ", ".join(f"{k} {_short(v)}" for k, v in facts.items())
 
 
 def _short(value: object) -> str:
@@ -326,7 +332,7 @@ def _layer(
     for key in dict.fromkeys((weight, *(x for n in heads for x in (n.output, n.origin, *n.inputs)))):
         told += [r for r in remarks.get(key, []) if r not in told] if key else []
     figures = {f"{name}.{key}": float(v) for name, facts in told for key, v in facts.items() if _is_number(v)}
-    notes += [f"{name}: " + ", ".join(f"{k} {_short(v)}" for k, v in facts.items()) for name, facts in told]
+    notes += [f"{name}: {_told(facts)}" for name, facts in told]
     values = [p for n in reversed(heads) for o in n.outputs for p in _names(o)]
     error = next((measured.errors[p] for p in values if p in measured.errors), None)
     if error and root is not None and isinstance(root.op, ops.CONTRACTION):

@@ -390,15 +390,6 @@ def advise(
 
 
 __all__ = [
-    "batches",
-    "capture",
-    "compile",
-    "compile_c",
-    "load",
-    "load_graph",
-    "load_onnx",
-    "optimize",
-    "simulate",
-    "to_graph",
+    "batches", "capture", "compile", "compile_c", "load", "load_graph", "load_onnx", "optimize", "simulate", "to_graph",
     "to_onnx",
-]
+]  # fmt: skip

@@ -142,3 +142,40 @@ def test_lowering_names_what_it_cannot_convert() -> None:
         lower(text)
     with pytest.raises(bw.errors.InvalidInput, match="linalg or tosa"):
         lower(text, "stablehlo")
+
+
+def test_the_command_line_writes_reads_and_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    from bitwright import cli
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["bitwright", *words])
+        try:
+            cli.main()
+        except SystemExit as e:
+            return int(e.code or 0)
+        return 0
+
+    module, inputs = zoo.digits("tiny")
+    bw.to_onnx(bw.capture(module, inputs), tmp_path / "d.onnx")
+    np.savez(tmp_path / "x.npz", x=inputs[0].numpy())
+    monkeypatch.chdir(tmp_path)
+    recipe = ("-r", "nm-mask{pattern=2:4}, int8", "-c", "x.npz")
+    assert run("compile", "d.onnx", "--target", "mlir", *recipe, "-o", "d.mlirbc") == 0
+    assert "left to the toolchain that reads d.mlirbc" in capsys.readouterr().err
+    assert run("opt", "d.mlirbc", "-p", "fold-constants", "-o", "again.mlir") == 0
+    assert run("compile", "d.onnx", *recipe, "-o", "want.bw") == 0
+    assert run("compile", "again.mlir", "-o", "got.bw") == 0
+    want, got = (bw.load(tmp_path / f)(inputs[0].numpy()) for f in ("want.bw", "got.bw"))
+    assert np.array_equal(got, want)
+    assert bw.load("got.bw").graph.count("nm<2:4") == bw.load("want.bw").graph.count("nm<2:4") > 0
+    (tmp_path / "bad.mlir").write_text("module {\n  nonsense\n}\n")
+    capsys.readouterr()
+    assert run("compile", "bad.mlir") == 2
+    message = capsys.readouterr().err.strip()
+    assert "bad.mlir is no valid MLIR: line 2" in message
+    assert "\n" not in message
+    assert run("compile", "d.onnx", "--target", "mlir", "-o", "d.txt") == 2

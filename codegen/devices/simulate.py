@@ -127,7 +127,7 @@ def _layer(node: Node, graph: Graph, device: Device, chosen: Mapping[str, Select
     for n in body.nodes:
         if (found := chosen.get(n.output)) is not None and found.words is not None:
             bytes_[n.inputs[1]] = found.words.stored_bytes(found.work.taps * found.work.channels)
-    weight_bytes = sum(bytes_.values())
+    weight_bytes = float(sum(map(ceil, bytes_.values())))
     activations = [v.type for v in body.inputs if v.name not in constant] + [body.types[o] for o in body.outputs]
     activation_bytes = sum(stored_bytes(t) for t in activations)
     cycles = energy = 0.0

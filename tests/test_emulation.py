@@ -21,6 +21,7 @@ from bitwright.codegen.targets.machine import cpu_flags
 from bitwright.compare import agreement, compare
 from bitwright.ir.errors import BitwrightError, InvalidInput
 from bitwright.ir.graph import Graph
+from bitwright.ir.text import show
 from bitwright.runtime.program import Program
 from tests.zoo import ZOO
 
@@ -121,6 +122,21 @@ def test_a_saved_program_is_refused_here_and_runs_emulated(tmp_path: Path, monke
         cli.main()
     assert not stop.value.code
     assert np.load(tmp_path / "y.npz")[program.output_names[0]].tobytes() == want.tobytes()
+
+
+def test_the_command_measures_nothing_that_cannot_run_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    need("aarch64")
+    graph, _ = model("digits")
+    (tmp_path / "net.bw-ir").write_text(show(graph))
+    graph.weights.save(tmp_path / "net.safetensors")
+    monkeypatch.setattr(sys, "argv", ["bitwright", "compile", str(tmp_path / "net.bw-ir"), "--target", "aarch64"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert "predicted, not measured: the program runs on aarch64" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "net.bw").exists()
 
 
 def test_layers_can_be_traced_but_not_timed() -> None:

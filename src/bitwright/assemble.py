@@ -92,6 +92,9 @@ def assemble(
     errors = measure_layers(graph, done.quantized, calibration, done.context.calibration)
     report = report_of(graph, target, built.kernels, built.graph, done, errors)
     report.notes += [*notes, *built.notes]
+    if measure and target.arch != platform.machine():
+        report.notes.append(f"times are predicted, not measured: the program runs on {target.arch}")
+        measure = False
     if records is not None:
         tuned_kernels = sum(bool(k.record) for k in built.kernels)
         report.notes.append(f"{tuned_kernels} of {len(built.kernels)} kernels were chosen by tuning records")

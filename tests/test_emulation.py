@@ -136,7 +136,11 @@ def test_the_command_measures_nothing_that_cannot_run_here(
         cli.main()
     assert not stop.value.code
     assert "predicted, not measured: the program runs on aarch64" in " ".join(capsys.readouterr().out.split())
-    assert (tmp_path / "net.bw").exists()
+    monkeypatch.setattr(sys, "argv", ["bitwright", "inspect", str(tmp_path / "net.bw")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert "aarch64" in capsys.readouterr().out
 
 
 def test_layers_can_be_traced_but_not_timed() -> None:

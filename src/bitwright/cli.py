@@ -123,8 +123,10 @@ def inspect(
 ) -> None:
     """Show a program: layers, formats, masks, times, what was refused and why."""
     from bitwright import cli_show
+    from bitwright.runtime.artifact import read
+    from bitwright.runtime.program import Program
 
-    loaded = _program(program)
+    loaded = Program.compiled(read(program))  # one for another machine, too
     report, console = loaded.report, cli_show.console()
     if html:
         report.to_html(html)

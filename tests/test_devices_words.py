@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bitwright as bw
+from bitwright import cli
 from bitwright.codegen.devices import library
 from bitwright.codegen.devices.schema import Device, parse_device
 from bitwright.codegen.devices.simulate import schedule, simulate
@@ -102,6 +104,15 @@ def test_area_grows_with_lanes_and_with_places() -> None:
     assert area_of(DEVICE, ["two"]) == 64 * 8 + 8 * 32
     assert area_of(DEVICE, ["four", "two"]) > area_of(DEVICE, ["two"])
     assert area_of(DEVICE, ["four", "two", "one", "mixed"]) > area_of(DEVICE, ["four", "two", "one"])
+
+
+def test_patterns_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bitwright", "targets", "show", "simd124"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    told = capsys.readouterr().out
+    assert "words: size 64 bits, held 4" in told
+    assert "1 mac4, 4 mac2, 4 mac1" in told
 
 
 # --- packing -------------------------------------------------------------------------------------------------

@@ -78,6 +78,15 @@ def _show_device(device: Device) -> None:
         rows.append((i.name, f"{m.x} x {m.w}{mask}", sums, f"{i.lanes} x {i.depth}", safe, bits, rate))
     heads = ["instruction", "formats", "sums", ">outputs x terms", ">steps that fit", ">bits held", ">peak"]
     console.print(cli_show.table(heads, rows))
+    for name, table in device.options.items():
+        told = ", ".join(f"{k} {v}" for k, v in table.items() if not isinstance(v, dict | list))
+        console.print(f"{name}: {told}", markup=False)
+    if device.words is not None:
+        patterns = [
+            (p.name, ", ".join(f"{n} {k}" for k, n in p.lanes.items()), "yes" if p.name in device.words.active else "")
+            for p in device.words.pattern
+        ]
+        console.print(cli_show.table(["pattern", "lanes of a word", "active"], patterns))
     for i in device.instruction:
         console.print(f"{i.name} means {i.meaning.strip()}", markup=False, highlight=False)
 

@@ -252,6 +252,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_targets_show_and_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert run(monkeypatch, "targets") == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in library.names())
     assert run(monkeypatch, "targets", "show", "npu8") == 0
     assert "u8 x s8 2:4" in capsys.readouterr().out
     file = tmp_path / "bad.toml"

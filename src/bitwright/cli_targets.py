@@ -24,6 +24,7 @@ def _list(context: typer.Context) -> None:
         from bitwright import cli_lists
 
         cli_lists.targets()
+        _list_devices()
 
 
 @app.command()
@@ -52,6 +53,19 @@ def check(file: Annotated[Path, typer.Argument(help="A device's file.")]) -> Non
     cli_show.console().print(
         f"{file}: {device.name} is consistent, {len(device.instruction)} instructions", markup=False
     )
+
+
+def _list_devices() -> None:
+    """A row per device that comes along."""
+    from bitwright import cli_show
+    from bitwright.codegen.devices import library
+
+    devices = [library.find_device(name) for name in library.names()]
+    rows = [
+        (d.name, d.title, ", ".join(dict.fromkeys(f"{i.parsed.x}x{i.parsed.w}" for i in d.instruction)), d.source)
+        for d in devices
+    ]
+    cli_show.console().print(cli_show.table(["device on paper", "what", "formats", "where from"], rows))
 
 
 def _show_device(device: Device) -> None:

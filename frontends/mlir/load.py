@@ -15,15 +15,13 @@ from torch.export import ExportedProgram
 
 from bitwright.frontends.mlir.context import MAGIC, context, from_onnx, parse, resources
 from bitwright.frontends.mlir.program import Operators, Program
+from bitwright.frontends.mlir.write import SIZES, imported
 from bitwright.frontends.torch_export import capture
 from bitwright.ir import ops
 from bitwright.ir.build import Rewriter
 from bitwright.ir.errors import InvalidInput, Problem, Unsupported
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.types import S32, Dim, TensorType
-
-SIZES = (4, 6, 10, 14, 22, 26)
-"""What symbolic sizes are while the program is read; torch takes 0 and 1 for special."""
 
 Source = str | os.PathLike[str] | bytes | ExportedProgram
 
@@ -53,8 +51,6 @@ def load_mlir(
 
 def _module(source: Source) -> tuple[Any, str]:
     if isinstance(source, ExportedProgram):
-        from bitwright.frontends.mlir.write import imported
-
         return imported(source), "the exported program"
     if isinstance(source, bytes) or (isinstance(source, str) and "\n" in source):
         return parse(source, "the text"), "the text"

@@ -26,7 +26,7 @@ BINARY = ".mlirbc"
 """The ending of a file that is written as bytecode."""
 
 SIZES = (4, 6, 10, 14, 22, 26)
-"""What symbolic sizes are while the graph is traced; torch takes 0 and 1 for special."""
+"""What symbolic sizes are while a program is traced; torch takes 0 and 1 for special."""
 
 
 def to_mlir(graph: Graph, path: str | os.PathLike[str] | None = None) -> str:
@@ -169,4 +169,4 @@ def _save(data: bytes, path: Path) -> None:
         raise BitwrightError(f"cannot write {path}: {e.strerror or e}") from e
 
 
-__all__ = ["BINARY", "imported", "to_mlir"]
+__all__ = ["BINARY", "SIZES", "imported", "to_mlir"]

@@ -112,7 +112,7 @@ def round_layer(op: ops.Op, weight: Array, start: Codes, inputs: Inputs, method:
         return rounding.adaquant(
             w, inputs.sample(), scale, zero, form, kept, columns=columns, relu=relu, batch=BATCH, seed=method.seed,
             iterations=method.iterations or ITERATIONS["adaquant"],
-            rates=_rates(scale, form, method.fixed_scale),
+            rates=_rates(scale, form, method.fixed_scale, w.shape[-1]),
         )  # fmt: skip
     assert inputs.gram is not None
     full = [
@@ -167,12 +167,12 @@ def _compact(
     return scale, zero, columns.reshape(-1)
 
 
-def _rates(scale: torch.Tensor, form: Levels, fixed: bool) -> Rates:
+def _rates(scale: torch.Tensor, form: Levels, fixed: bool, inputs: int) -> Rates:
     """The paper's rates relative to this layer's magnitudes; the bias stays as it is."""
-    from bitwright.passes.precision._adaquant import Rates
+    from bitwright.passes.precision._adaquant import Rates, weight_rate
 
     step = float(scale.double().mean())
-    return Rates(0.0, 0.0 if fixed else 2e-3 * step * form.top, 1e-2 * step, 0.0)
+    return Rates(0.0, 0.0 if fixed else 2e-3 * step * form.top, weight_rate(inputs) * step, 0.0)
 
 
 __all__ = ["ITERATIONS", "Inputs", "Method", "groups_of", "round_layer", "weight_is_masked", "with_result"]

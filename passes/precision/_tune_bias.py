@@ -93,7 +93,9 @@ class _Straight:
         for n in graph.nodes:
             if isinstance(n.op, (ops.Weight, ops.Constant)):
                 self.constants[n.output] = to_torch(graph.constant(n.output))
-            elif n.inputs and all(x in self.constants for x in n.inputs):  # weights behind their codes: once
+            elif isinstance(n.op, ops.Dequantize) and all(
+                x in self.constants for x in n.inputs
+            ):  # weights behind their codes: once
                 self._put(n, self.constants, {})
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, ...]:

@@ -162,3 +162,20 @@ def test_learnt_biases_start_at_the_quantized_model() -> None:
     square = sum(float((a - b).square().sum()) for a, b in zip(got, want, strict=True))
     assert tuned.before == pytest.approx(square / sum(float(b.square().sum()) for b in want), rel=1e-3)
     assert tuned.after <= tuned.before
+
+
+def test_biases_are_learnt_where_constants_are_spread_over_a_batch_of_any_size(read: Read) -> None:
+    graph = read("""
+        graph @g (%x: f32[b, 4]) -> (y = %y) level=graph {
+          %c = constant {values=[0.5]} : f32[1]
+          %e = expand(%c) {shape=["b", 4]} : f32[b, 4]
+          %a = add(%x, %e) : f32[b, 4]
+          %w = weight {ref="fc.weight"} : f32[3, 4]
+          %y = linear(%a, %w) : f32[b, 3]
+        }
+    """)
+    context = Context(calibration=[(np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32),)])
+    recipe = "observe-ranges, quantize-weights{bits=2}, quantize-int8, correct-bias{method=tuned}"
+    run_pipeline(graph, parse_passes(recipe), context)
+    told = next(facts for name, _, facts in context.remarks if name == "correct-bias")
+    assert told["output_error_after"] <= told["output_error"]

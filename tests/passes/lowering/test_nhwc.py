@@ -54,13 +54,13 @@ def test_group_norm_is_means_and_a_product(read: Read, groups: int, affine: str)
 
 @pytest.mark.parametrize(("kernel", "bias"), [((2, 2), True), ((3, 2), False), ((1, 4), True)])
 def test_windows_that_do_not_overlap_are_a_1x1_convolution(read: Read, kernel: tuple[int, int], bias: bool) -> None:
-    high, wide = kernel
+    (high, wide), tail = kernel, ", %b" if bias else ""
     graph, after = changed(
         read,
         f"""
   %v = weight {{ref="v"}} : f32[6, 3, {high}, {wide}]
   %b = weight {{ref="b"}} : f32[3]
-  %y = conv_transpose(%a, %v{", %b" if bias else ""}) {{stride=[{high}, {wide}]}} : f32[2, 3, {5 * high}, {4 * wide}]""",
+  %y = conv_transpose(%a, %v{tail}) {{stride=[{high}, {wide}]}} : f32[2, 3, {5 * high}, {4 * wide}]""",
     )
     assert [n.op.spelling for n in after.nodes if "conv" in n.op.spelling] == ["conv", "conv"]
     check(graph, after, np.random.default_rng(1).standard_normal((2, 6, 5, 4)).astype(np.float32))

@@ -27,7 +27,7 @@ from bitwright.runtime.report import Layer
 
 BEST = next(t for t in BUILTIN.values() if {f.replace("avxvnni", "avx_vnni") for f in t.features} <= cpu_flags())
 VBMI = "x86-avx512-vnni"
-needs_vbmi = pytest.mark.skipif(BEST.name != VBMI, reason="indices take fewer than 8 bits on AVX-512 only")
+needs_vbmi = pytest.mark.skipif(BEST.isa != "avx512-vnni", reason="indices take fewer than 8 bits on AVX-512 only")
 
 
 def perceptron(depth: int = 256, width: int = 256) -> nn.Module:
@@ -96,8 +96,9 @@ def test_float_weights_are_packed_too(target: str, tmp_path: Path) -> None:
     x = rows()
     dense = size_in_file(compiled(perceptron(), x, "float", target), tmp_path / "dense.bw")
     program = compiled(perceptron(), x, "nm-mask{pattern=2:4}", target)
-    assert size_in_file(program, tmp_path / "sparse.bw") < 0.65 * dense
-    assert all(row.reason.startswith("2:4 kernel") for row in weighted(program))
+    lanes = {row.kernel for row in weighted(program)} == {"lanes"}  # 16 bits of address a weight, where they are faster
+    assert size_in_file(program, tmp_path / "sparse.bw") < (0.77 if lanes else 0.65) * dense
+    assert all(row.reason.startswith("50.0% of weights" if lanes else "2:4 kernel") for row in weighted(program))
 
 
 def test_sparse_results_are_those_of_the_masked_model() -> None:
@@ -118,7 +119,7 @@ def test_weights_that_are_sparse_already_need_no_word(recipe: str, tmp_path: Pat
     assert all(row.reason.startswith("2:4 kernel") for row in weighted(program))
     assert all(any(n.startswith("detect-sparsity: pattern 2:4") for n in row.notes) for row in weighted(program))
     assert program.report.refusals == []
-    if recipe == "float" or BEST.name == VBMI:
+    if recipe == "float" or BEST.isa == "avx512-vnni":
         assert size_in_file(program, tmp_path / "sparse.bw") < 0.68 * dense
     want = prune(perceptron(), 2, 4)(x).detach().numpy()
     assert np.abs(program(x) - want).max() < 0.02 * np.ptp(want)
@@ -168,7 +169,7 @@ def test_convolutions_are_packed_by_channels(tmp_path: Path) -> None:
 
 def test_a_pattern_that_does_not_pay_runs_dense_and_says_so() -> None:
     slow = tuple(SparseRate(x, 2, 4, 0.9) for x in (U8, F32))
-    target, x = replace(BEST, name="slow-sparse", sparse=slow), rows()
+    target, x = replace(BEST, name="slow-sparse", sparse=slow, lanes=()), rows()
     program = compiled(perceptron(), x, "nm-mask{pattern=2:4}, int8", target)
     for row in weighted(program):
         assert row.pattern == "nm<2:4, axis=1>"
@@ -180,12 +181,12 @@ def test_a_pattern_that_does_not_pay_runs_dense_and_says_so() -> None:
     np.testing.assert_array_equal(program(x), want)
 
 
-@pytest.mark.parametrize("recipe", ["float", "int8"])
-def test_the_portable_level_runs_two_of_four_dense(recipe: str) -> None:
-    """Measured there: 0.57 times the speed of dense in int8, 0.27 times in float."""
-    program = compiled(perceptron(), rows(), f"nm-mask{{pattern=2:4}}, {recipe}", "x86-portable")
-    assert all(row.reason.startswith("runs dense: ") for row in weighted(program))
-    assert any("2:4 does not pay" in r.reason for r in program.report.refusals)
+def test_the_portable_level_runs_two_of_four_dense() -> None:
+    """Measured there: 0.57 times the speed of dense in int8; float weights run with activations in lanes."""
+    program = compiled(perceptron(), rows(), "nm-mask{pattern=2:4}, int8", "x86-portable")
+    assert all(row.reason == "runs dense: 2:4 would gain only 0.57x on x86-portable" for row in weighted(program))
+    program = compiled(perceptron(), rows(), "nm-mask{pattern=2:4}, float", "x86-portable")
+    assert {row.kernel for row in weighted(program)} == {"lanes"}
 
 
 def test_masks_chosen_by_name() -> None:
@@ -195,10 +196,10 @@ def test_masks_chosen_by_name() -> None:
 
 @pytest.mark.parametrize("recipe", ["nm-mask{pattern=2:4 block=4}, int8", "nm-mask{pattern=2:4 shared=4}, int8"])
 def test_masks_of_blocks_and_shared_masks_reach_the_kernels(recipe: str) -> None:
-    """The kernels multiply blocks out and run shared patterns as free ones; packing checks the values."""
+    """Whatever kernel takes them, with the gain it expects; packing checks the values."""
     x = rows()
-    program = compiled(perceptron(), x, recipe, VBMI if BEST.name == VBMI else "x86-avx2")
-    assert all("kernel, expected" in row.reason for row in weighted(program))
+    program = compiled(perceptron(), x, recipe, VBMI if BEST.isa == "avx512-vnni" else "x86-avx2")
+    assert all(", expected 1." in row.reason for row in weighted(program))
     assert bw.verify(program, bw.capture(perceptron(), (x,)), [x.numpy()]).first_bad == ""
 
 
@@ -248,14 +249,14 @@ def test_any_pattern_of_any_depth_runs(keep: int, group: int, depth: int, recipe
 
 
 def test_a_pattern_without_a_fast_kernel_runs_as_a_wider_one_that_holds_too() -> None:
-    """No float selection of AVX2 reaches 16 activations, but what is 2:16 is 2:8 as well."""
-    module, x = perceptron(64, 48), torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
-    program = compiled(module, x, "nm-mask{pattern=2:16}", "x86-avx2")
+    """No float selection of AVX2 reaches 32 activations, but what is 2:32 is 2:8 as well."""
+    module, x = perceptron(64, 64), torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    program = compiled(module, x, "nm-mask{pattern=2:32}", "x86-avx2")
     for row in weighted(program):
-        assert row.pattern == "nm<2:16, axis=1>"
-        assert row.reason.startswith("2:8 kernel for 2:16 weights, which obey both, expected 2.")
+        assert row.pattern == "nm<2:32, axis=1>"
+        assert row.reason.startswith("2:8 kernel for 2:32 weights, which obey both, expected 2.")
     for w in (p for p in module.parameters() if p.dim() == 2):
-        w.data = torch.where(nm_mask(w.data, 2, 16), w.data, 0.0)
+        w.data = torch.where(nm_mask(w.data, 2, 32), w.data, 0.0)
     want = module(x).detach().numpy()
     np.testing.assert_allclose(program(x), want, atol=1e-4 * float(np.ptp(want)))
 

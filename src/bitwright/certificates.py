@@ -80,7 +80,8 @@ def _stored(kernel: Kernel, node: Node, built: Built) -> Stored:
             (offset, nbytes // np.dtype(t).itemsize, t)
             for (offset, nbytes), t in zip(packed, kernel.packed_types, strict=True)
         )
-        decisions = {k: _plain(getattr(config, k)) for k in ("spec", "knobs")}
+        tiled = ("spec", "tile" if hasattr(config, "tile") else "knobs")
+        decisions = {k: _plain(getattr(config, k)) for k in tiled}
         return Stored(layout=kernel.template, places=places, config=decisions)
     index = [v.name for v in body.inputs].index(node.inputs[1])
     offset = next(place.offset for a, _, place in args if (a.kind, a.index) == ("input", index))
@@ -98,11 +99,12 @@ def _plain(value: Any) -> Any:
 def _rebuilt(data: Any) -> Any:
     """Inverse of :func:`_plain`; raises :class:`InvalidInput`."""
     from bitwright.codegen.tvm.contract import spec
+    from bitwright.codegen.tvm.lanes.spec import LanesKnobs
     from bitwright.codegen.tvm.lut import LutSpec
 
     if isinstance(data, dict):
         name, given = data.get("is"), {k: _rebuilt(v) for k, v in data.items() if k != "is"}
-        known = {"NM": NM, "LutSpec": LutSpec}
+        known = {"NM": NM, "LutSpec": LutSpec, "LanesKnobs": LanesKnobs}
         made = known.get(str(name)) or getattr(spec, str(name), None)
         if not is_dataclass(made) or not isinstance(made, type):
             raise InvalidInput(f"no decision of a kernel is called {name!r}")
@@ -279,10 +281,15 @@ def _unpacked(c: Certificate, contents: Contents, shape: tuple[int, ...]) -> tup
             raise InvalidInput(f"it stores {arrays[0].size} weights, the contraction has {shape}")
         return arrays[0].reshape(shape), None
     from bitwright.codegen.tvm import contract, lut
+    from bitwright.codegen.tvm.lanes import packing
+    from bitwright.codegen.tvm.lanes import spec as lanes
 
-    spec, knobs = (_rebuilt(c.stored.config.get(k)) for k in ("spec", "knobs"))
+    spec, knobs, tile = (_rebuilt(c.stored.config.get(k)) for k in ("spec", "knobs", "tile"))
     if isinstance(spec, lut.LutSpec) and len(arrays) == 2:
         return lut.unpack(spec, arrays[0]).reshape(shape), arrays[1][: spec.cols]
+    if isinstance(spec, contract.ContractSpec) and isinstance(tile, lanes.LanesKnobs):
+        start = arrays.pop() if spec.init else None
+        return packing.unpack(spec, tile, arrays).reshape(shape), start
     if not isinstance(spec, contract.ContractSpec) or not isinstance(knobs, contract.Knobs):
         raise InvalidInput(f"no layout of weights is called {c.stored.layout!r}")
     start = arrays.pop() if spec.init else None

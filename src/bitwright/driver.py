@@ -110,6 +110,10 @@ def optimize(
     machine = resolve(target) if target is not None else None
     context = Context(machine, batches(calibration), progress, Prices(machine) if machine is not None else None)
     listed = parse_passes(passes) if isinstance(passes, str) else tuple(passes)
+    if isinstance(passes, str) and graph.level == "graph" and not any(p.gives == "integer" != p.takes for p in listed):
+        for p in (p for p in listed if p.takes == "integer"):  # the end of a recipe such as int8
+            context.refuse(p.name, "the passes", "it works on the integer level", "put lower-to-integer before it")
+        listed = tuple(p for p in listed if p.takes != "integer")
     instruments = [Dump(Path(dump))] if dump else []
     return run_pipeline(graph, listed, context, instruments=instruments, stop_after=stop_after, bisect_limit=bisect)
 

@@ -172,7 +172,7 @@ def test_the_reproducer_replays(read: Read, tmp_path: Path) -> None:
 
 def test_errors_of_the_user_pass_through(read: Read, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="calibration"):
-        run_pipeline(read(TEXT), parse_passes("int8"), crash_dir=tmp_path)
+        run_pipeline(read(TEXT), parse_passes("observe-ranges, quantize-int8"), crash_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

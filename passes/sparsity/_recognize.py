@@ -43,7 +43,7 @@ def recognize(weight: Array, axis: int, nonzero: float, target: Target | None, f
         pays = best.density <= HALF
     else:
         best = _fastest([nm for nm in held if _allowed(nm, size) == _allowed(best, size)], best, target, formats)
-        pays = any(target.gain(x, nm) >= PAYS for nm in held for x in formats)
+        pays = any(target.sparse_gain(x, nm) >= PAYS for nm in held for x in formats)
     return _details(weight, best) if pays or _by_chance(weight.size, best, nonzero) < CHANCE else None
 
 

@@ -17,7 +17,7 @@ from bitwright.codegen.tuning.records import Database, Record
 
 SIZE = 64
 KERNELS_C = """
-#include <stdlib.h>
+#include <unistd.h>
 typedef int I;
 #define K(NAME, BODY) void NAME(I b, I e, float* x, float* w, float* y) { BODY }
 #define DO(EXPR) for (I i = b; i < e; i++) y[i] = EXPR;
@@ -26,7 +26,7 @@ K(slow, for (volatile I n = 0; n < 3000; n++) {} DO(x[i] * w[i]))
 K(wrong, DO(x[i] * w[i] + (i == 7)))
 K(hang, for (volatile I n = 0;; n++) {})
 K(crash, *(volatile I*)8 = 1; DO(x[i]))
-K(leave, exit(3);)
+K(leave, _exit(3);)
 K(outside, DO(x[i] * w[i]) y[e] = 1;)
 K(spoil, DO(x[i] * w[i]) x[b] = 5;)
 K(rewrite, DO(x[i] * w[i]) w[b] = 5;)

@@ -1,8 +1,9 @@
 """What the project must reach against its peers, as claims that a race settles, and their table.
 
-A claim compares one contender of ours with the fastest of some peers. Its ratio is the peer's time over ours: of the
-contraction alone where a program holds one (a peer's call is a whole call; ours beside it in brackets), of whole calls
-otherwise. What cannot be measured is not left out: it is a row with the reason.
+A claim compares one contender of ours with the fastest of some peers: the peer's time over ours, of whole calls on both
+sides, quantizing and dequantizing included. In brackets the ratio of our contraction alone to the peer's whole call, for
+what a kernel gives inside a network; it decides nothing. Shares of the bound are of the contraction. What cannot be
+measured is not left out: it is a row with the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ class Claim:
     against: tuple[str, ...]
     least: float
     aim: float | None = None
-    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Quoted:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; ``ratio`` None: not measured, ``note`` says why."""
+    """A line of the table; ``ratio`` is of whole calls (None: not measured, ``note`` says why), ``inner`` of the
+    contraction."""
 
     work: str
     ours: str
@@ -51,7 +52,7 @@ class Row:
     ours_ms: float | None
     against_ms: float | None
     ratio: float | None
-    whole: float | None
+    inner: float | None
     least: float
     aim: float | None
     share: float | None
@@ -82,21 +83,21 @@ class Group:
     def settle(self, claim: Claim) -> Row:
         """Compare, or say what is missing."""
         inner = f"{claim.ours}: contraction"
-        name = inner if inner in self.times.rounds and not claim.whole else claim.ours
-        if claim.ours in self.missing or name not in self.times.rounds:
+        inner = inner if inner in self.times.rounds else claim.ours
+        if claim.ours in self.missing or claim.ours not in self.times.rounds:
             why = self.missing.get(claim.ours, "not in this race")
             return self._empty(claim, ", ".join(claim.against) or "share of the bound", why)
-        seconds = self.times.median(name)
+        seconds = self.times.median(inner)
         amount = self.work.get(claim.ours, 0.0)
         share = amount / seconds / self.bound if amount and self.bound else None
         if not claim.against:
-            return Row(claim.work, name, "share of the bound", seconds * 1e3, None, share, None, claim.least, claim.aim,
+            return Row(claim.work, inner, "share of the bound", seconds * 1e3, None, share, None, claim.least, claim.aim,
                        share)  # fmt: skip
         whole = self.times.median(claim.ours)
         peer, note = self.fastest(claim.against), ""
         if peer is not None:
             took = self.times.median(peer)
-            ratio, outer = self.times.ratio(peer, name), self.times.ratio(peer, claim.ours)
+            ratio, alone = self.times.ratio(peer, claim.ours), self.times.ratio(peer, inner)
         else:
             quote = next((q for q in self.quoted if q.name.startswith(claim.against)), None)
             base = self.fastest(quote.base) if quote else None
@@ -104,9 +105,12 @@ class Group:
                 why = next((w for n, w in self.missing.items() if n.startswith(claim.against)), "no such peer here")
                 return self._empty(claim, ", ".join(claim.against), why)
             took = self.times.median(base) * quote.ms / quote.base_ms
-            peer, ratio, outer = quote.name, took / seconds, took / whole
+            peer, ratio, alone = quote.name, took / whole, took / seconds
             note = f"quoted, 2026-11-20: {quote.ms:g} ms where {base} took {quote.base_ms:g}"
-        return Row(claim.work, name, peer, seconds * 1e3, took * 1e3, ratio, outer, claim.least, claim.aim, share, note)
+        alone = None if inner == claim.ours else alone
+        return Row(
+            claim.work, claim.ours, peer, whole * 1e3, took * 1e3, ratio, alone, claim.least, claim.aim, share, note
+        )
 
     def _empty(self, claim: Claim, against: str, why: str) -> Row:
         return Row(claim.work, claim.ours, against, None, None, None, None, claim.least, claim.aim, None, why)
@@ -118,11 +122,24 @@ def _number(value: float | None, form: str) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown of one group."""
-    heads = ["work", "ours", "ms", "against", "ms", "ratio", "(whole)", "at least", "aim", "of the bound", "", "note"]
+    heads = [
+        "work",
+        "ours",
+        "ms",
+        "against",
+        "ms",
+        "ratio",
+        "(contraction)",
+        "at least",
+        "aim",
+        "of the bound",
+        "",
+        "note",
+    ]
     lines = [
         [
             r.work, r.ours, _number(r.ours_ms, ".3f"), r.against, _number(r.against_ms, ".3f"), _number(r.ratio, ".2f"),
-            _number(r.whole, ".2f"), f"{r.least:g}", _number(r.aim, "g"), _number(r.share, ".0%"), r.status, r.note,
+            f"({r.inner:.2f})" if r.inner else "", f"{r.least:g}", _number(r.aim, "g"), _number(r.share, ".0%"), r.status, r.note,
         ]
         for r in rows
     ]  # fmt: skip

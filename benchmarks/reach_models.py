@@ -151,7 +151,7 @@ def scaling(name: str, it: peers.Subject, run: Run, missing: dict[str, str]) -> 
     two = engines.Ours("ours, two threads", one.program, it.arrays, 2) if one else None
     longer = dataclasses.replace(run, seconds=0.1)
     group = Group(measured([one, two], [], missing, longer, wall=True), missing=missing)
-    return group.settle(Claim(f"{name} int8, scaling", "ours, two threads", ("ours, one thread",), 1.9, whole=True))
+    return group.settle(Claim(f"{name} int8, scaling", "ours, two threads", ("ours, one thread",), 1.9))
 
 
 def compile_rows(run: Run) -> Found:

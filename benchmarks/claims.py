@@ -1,8 +1,8 @@
 """What the project must reach against its peers, as claims that a race settles, and their table.
 
 A claim compares one contender of ours with the fastest of some peers: the peer's time over ours, of whole calls on both
-sides, quantizing and dequantizing included. In brackets the ratio of our contraction alone to the peer's whole call, for
-what a kernel gives inside a network; it decides nothing. Shares of the bound are of the contraction. What cannot be
+sides, quantizing and dequantizing included. In brackets the ratio of our contraction alone to the peer's whole call:
+what a kernel gives inside a network, and decides nothing. Shares of the bound are of the contraction. What cannot be
 measured is not left out: it is a row with the reason.
 """
 
@@ -91,8 +91,8 @@ class Group:
         amount = self.work.get(claim.ours, 0.0)
         share = amount / seconds / self.bound if amount and self.bound else None
         if not claim.against:
-            return Row(claim.work, inner, "share of the bound", seconds * 1e3, None, share, None, claim.least, claim.aim,
-                       share)  # fmt: skip
+            took = seconds * 1e3
+            return Row(claim.work, inner, "share of the bound", took, None, share, None, claim.least, claim.aim, share)
         whole = self.times.median(claim.ours)
         peer, note = self.fastest(claim.against), ""
         if peer is not None:
@@ -139,7 +139,8 @@ def table(rows: Sequence[Row]) -> str:
     lines = [
         [
             r.work, r.ours, _number(r.ours_ms, ".3f"), r.against, _number(r.against_ms, ".3f"), _number(r.ratio, ".2f"),
-            f"({r.inner:.2f})" if r.inner else "", f"{r.least:g}", _number(r.aim, "g"), _number(r.share, ".0%"), r.status, r.note,
+            f"({r.inner:.2f})" if r.inner else "", f"{r.least:g}", _number(r.aim, "g"), _number(r.share, ".0%"),
+            r.status, r.note,
         ]
         for r in rows
     ]  # fmt: skip

@@ -15,9 +15,9 @@ import torch
 
 import bitwright as bw
 from bitwright import cli_show
+from bitwright.cli_compare import print_rows
 from bitwright.codegen.c.toolchain import toolchain
 from bitwright.compare import Row, agreement, compare, plot
-from bitwright.runtime import units
 
 OUT = Path("demo-out")
 TARGETS = [
@@ -55,21 +55,6 @@ def network(epochs: int) -> tuple[torch.nn.Module, torch.nn.Module, digits.Digit
     return dense, sparse, data
 
 
-def show(name: str, rows: list[Row]) -> None:
-    """The table of one recipe, and whether the outputs are the same."""
-    cells = [
-        (
-            r.target, units.seconds(r.seconds), r.how, units.size(int(r.weight_bytes)), units.size(int(r.ram)),
-            "" if r.energy is None else f"{r.energy * 1e6:.3g} µJ", units.percent(r.error), r.note,
-        )
-        for r in rows
-    ]  # fmt: skip
-    heads = ["target", ">time", "", ">weights", ">RAM", ">energy", ">error", "note"]
-    console = cli_show.console()
-    console.print(cli_show.table(heads, cells, title=name))
-    console.print(agreement(rows), markup=False)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=4)
@@ -82,7 +67,7 @@ def main() -> None:
     every: list[Row] = []
     for name, recipe in RECIPES.items():
         rows = compare(graphs["2:4" in name], options.targets.split(","), [recipe], calibration)
-        show(name, rows)
+        print_rows(name, rows)
         if not agreement(rows).startswith("the same bits"):
             raise SystemExit("the targets disagree")
         every += rows

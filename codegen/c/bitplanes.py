@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.codegen.c.reduce import loops
 from bitwright.codegen.c.text import Idx, Index, over, plus, rest, times
 from bitwright.codegen.c.values import Evaluator
+from bitwright.codegen.c.window import taps_of
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
 
@@ -106,28 +106,15 @@ def _activation(e: Evaluator, node: Node, idx: Idx, stack: ExitStack) -> tuple[s
     if not isinstance(op, ops.IntConv):
         k = stack.enter_context(e.w.loop(channels, "k"))
         return e.at(x, (*idx[:-1], k)), k
-    kernel, n, last = e.shape(w)[2:], len(e.shape(w)) - 2, op.channels_last
-    space = e.shape(x)[1:-1] if last else e.shape(x)[2:]
-    at = idx[1:-1] if last else idx[2:]
-    taps = loops(e, stack, kernel)
-    here, checks, tap = [], [], plus(0, 0)
-    for a in range(n):
-        pad, after = (op.padding[a], op.padding[n + a]) if op.padding else (0, 0)
-        step, spread = (op.stride or (1,) * n)[a], (op.dilation or (1,) * n)[a]
-        i = plus(plus(times(at[a], step), times(taps[a], spread)), -pad)
-        i = i if isinstance(i, int) else e.w.let("int32_t", i, "p")
-        here.append(i)
-        checks += [f"{i} >= 0"] if pad else []
-        checks += [f"{i} < {space[a]}"] if after else []
-        tap = plus(times(tap, kernel[a]), taps[a])
+    here, inside, tap = taps_of(e, node, idx, stack)
     c = stack.enter_context(e.w.loop(channels, "c"))
     number = plus(times(tap if isinstance(tap, int) else f"({tap})", channels), c)
     number = number if isinstance(number, int) else e.w.let("int32_t", number, "n")
-    where = (idx[0], *here, c) if last else (idx[0], c, *here)
-    if not checks:
+    where = (idx[0], *here, c) if op.channels_last else (idx[0], c, *here)
+    if not inside:
         return e.at(x, where), number
     value = e.w.variable("int32_t", str(op.x_zero), "v")
-    with e.w.block(f"if ({' && '.join(checks)})"):
+    with e.w.block(f"if ({inside})"):
         e.w.put(f"{value} = {e.at(x, where)};")
     return value, number
 

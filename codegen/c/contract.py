@@ -9,9 +9,9 @@ import numpy as np
 
 from bitwright.codegen.c import bitplanes
 from bitwright.codegen.c.packing import Form, form_of, pack
-from bitwright.codegen.c.reduce import loops
 from bitwright.codegen.c.text import Idx, Index, carried, literal, over, plus, rest, times
 from bitwright.codegen.c.values import Evaluator, rule
+from bitwright.codegen.c.window import taps_of
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Node
@@ -42,31 +42,16 @@ def _conv(e: Evaluator, node: Node, _: int, idx: Idx) -> str:
     assert isinstance(op, ops.IntConv | ops.Conv)
     if bitplanes.signs(node, e.body, dict(e.constants)):
         return bitplanes.value(e, node, idx)
-    source, kernel = e.shape(x), e.shape(w)[2:]
-    n, last = len(kernel), op.channels_last
-    space = source[1:-1] if last else source[2:]
-    at, out = (idx[1:-1], idx[-1]) if last else (idx[2:], idx[1])
+    last = op.channels_last
+    out = idx[-1] if last else idx[1]
     channels = e.shape(w)[1]
     first = times(over(out, e.shape(w)[0] // op.groups), channels) if op.groups > 1 else 0
     zero = getattr(op, "x_zero", 0)
     acc = _start(e, node, out)
     with ExitStack() as stack:
-        taps = loops(e, stack, kernel)
-        here: list[Index] = []
-        checks = []
-        for a in range(n):
-            pad, after = (op.padding[a], op.padding[n + a]) if op.padding else (0, 0)
-            step, spread = (op.stride or (1,) * n)[a], (op.dilation or (1,) * n)[a]
-            i = plus(plus(times(at[a], step), times(taps[a], spread)), -pad)
-            i = i if isinstance(i, int) else e.w.let("int32_t", i, "p")
-            here.append(i)
-            checks += [f"{i} >= 0"] if pad else []
-            checks += [f"{i} < {space[a]}"] if after else []
-        if checks:
-            stack.enter_context(e.w.block(f"if ({' && '.join(checks)})"))
-        tap: Index = 0
-        for t, k in zip(taps, kernel, strict=True):
-            tap = plus(times(tap if isinstance(tap, int) else f"{tap}", k), t)
+        here, inside, tap = taps_of(e, node, idx, stack)
+        if inside:
+            stack.enter_context(e.w.block(f"if ({inside})"))
 
         def element(c: Index) -> str:
             channel = plus(first, c)

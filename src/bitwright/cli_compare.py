@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bitwright.cli_options import Calibration, Model, load, progress
+
+if TYPE_CHECKING:
+    from bitwright.compare import Row
 
 
 def compare(
@@ -24,7 +28,6 @@ def compare(
     """
     from bitwright import cli_io, cli_show
     from bitwright import compare as comparing
-    from bitwright.runtime import units
 
     recipes = recipe or ["int8"]
     names = [t.strip() for t in targets.split(",") if t.strip()]
@@ -32,19 +35,26 @@ def compare(
         tell(f"reading {model.name}", 0.0)
         graph = load(model)
         rows = comparing.compare(graph, names, recipes, cli_io.calibration(calibrate, graph), batch=batch)
-    console = cli_show.console()
     for name in recipes:
-        mine = [r for r in rows if r.recipe == name]
-        cells = [
-            (
-                r.target, units.seconds(r.seconds), r.how, units.size(int(r.weight_bytes)), units.size(int(r.ram)),
-                "" if r.energy is None else f"{r.energy * 1e6:.3g} µJ", units.percent(r.error), r.note,
-            )
-            for r in mine
-        ]  # fmt: skip
-        heads = ["target", ">time", "", ">weights", ">RAM", ">energy", ">error", "note"]
-        console.print(cli_show.table(heads, cells, title=name))
-        console.print(comparing.agreement(mine), markup=False)
+        print_rows(name, [r for r in rows if r.recipe == name])
     if plot:
         comparing.plot(rows, plot)
-        console.print(f"wrote {plot}", markup=False)
+        cli_show.console().print(f"wrote {plot}", markup=False)
+
+
+def print_rows(title: str, rows: Sequence[Row]) -> None:
+    """The table of one recipe, and whether its targets agree."""
+    from bitwright import cli_show
+    from bitwright.compare import agreement
+    from bitwright.runtime import units
+
+    cells = [
+        (
+            r.target, units.seconds(r.seconds), r.how, units.size(int(r.weight_bytes)), units.size(int(r.ram)),
+            "" if r.energy is None else f"{r.energy * 1e6:.3g} µJ", units.percent(r.error), r.note,
+        )
+        for r in rows
+    ]  # fmt: skip
+    heads = ["target", ">time", "", ">weights", ">RAM", ">energy", ">error", "note"]
+    cli_show.console().print(cli_show.table(heads, cells, title=title))
+    cli_show.console().print(agreement(rows), markup=False)

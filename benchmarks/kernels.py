@@ -49,10 +49,11 @@ def load(func: KernelFunc, isa: str) -> tuple[Callable[..., None], float]:
     began = time.process_time()
     code = adapter.build_object([func.primfunc], isa)
     seconds = time.process_time() - began
-    folder = Path(tempfile.mkdtemp(prefix="bitwright-kernels-"))
-    (folder / "k.o").write_bytes(code)
-    subprocess.run(["gcc", "-shared", "-o", folder / "k.so", folder / "k.o"], check=True)
-    function = getattr(ctypes.CDLL(str(folder / "k.so")), func.name)
+    with tempfile.TemporaryDirectory(prefix="bitwright-kernels-") as name:
+        folder = Path(name)
+        (folder / "k.o").write_bytes(code)
+        subprocess.run(["gcc", "-shared", "-o", folder / "k.so", folder / "k.o"], check=True)
+        function = getattr(ctypes.CDLL(str(folder / "k.so")), func.name)  # stays mapped when the file goes
     function.restype = None
     return function, seconds
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from bitwright.ir.files import beside
 
 _MAGIC = b"bwcache1"
 _DIGEST = 16
@@ -76,14 +77,10 @@ class Cache:
     def put(self, key: str, data: bytes) -> None:
         """Store ``data`` under ``key``."""
         path = self._path(key)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with beside(path) as temporary:
                 temporary.write_bytes(_MAGIC + _checksum(key, data) + data)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
         except OSError as error:
             self.problem = f"the cache in {self.directory} cannot be written: {error}"
             return

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import secrets
 import struct
 import zipfile
 import zlib
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.ir.errors import BitwrightError, InvalidInput
+from bitwright.ir.files import whole
 from bitwright.runtime.manifest import Manifest, parse_manifest
 
 CONTAINER_VERSION = 1
@@ -62,21 +62,13 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
 
     Raises :class:`BitwrightError` when the place cannot be written.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     weights = contents.weights
     if weights.dtype != np.uint8 or weights.ndim != 1 or len(weights) != contents.manifest.weights_bytes:
         raise BitwrightError(f"the weights are not {contents.manifest.weights_bytes} flat bytes")
     manifest = contents.manifest.model_dump_json(indent=1).encode()
     data: tuple[Blob, ...] = (manifest, contents.graph.encode(), contents.report, contents.library, weights.data)
-    try:
-        try:
-            _write_zip(temporary, list(zip(MEMBERS, data, strict=True)))
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise BitwrightError(f"cannot write {target}: {error.strerror or error}") from error
+    with whole(path) as temporary:
+        _write_zip(temporary, list(zip(MEMBERS, data, strict=True)))
 
 
 def _write_zip(path: Path, members: Iterable[tuple[str, Blob]]) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import Path
 
-from bitwright.ir.errors import BitwrightError
+from bitwright.ir.files import save
 from bitwright.runtime import plots, units
 from bitwright.runtime.html_style import SCRIPT, STYLE
 from bitwright.runtime.report import Formats, Layer, Refusal, Report
@@ -23,17 +21,7 @@ def write_html(report: Report | Sequence[Report], path: str | os.PathLike[str], 
 
     Raises :class:`BitwrightError` when the place cannot be written.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    text = page([report] if isinstance(report, Report) else list(report), title)
-    try:
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise BitwrightError(f"cannot write {target}: {error.strerror or error}") from error
+    save(path, page([report] if isinstance(report, Report) else list(report), title))
 
 
 def page(reports: Sequence[Report], title: str = "") -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from bitwright.codegen.cache import default_directory
 from bitwright.codegen.link import find_compiler
 from bitwright.ir.errors import BitwrightError
+from bitwright.ir.files import beside
 from bitwright.ir.target import Rate, Target
 from bitwright.ir.types import BF16, F32, S8, S32, U8
 
@@ -170,9 +171,8 @@ def measured(target: Target) -> Target:
             return target
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({**(known if isinstance(known, dict) else {}), key: found}, indent=1))
-            os.replace(temporary, path)
+            with beside(path) as temporary:
+                temporary.write_text(json.dumps({**(known if isinstance(known, dict) else {}), key: found}, indent=1))
         except OSError:
             pass
     faster = found["int8"] / (target.rate(U8, S8) or found["int8"])  # narrow sums keep their gain

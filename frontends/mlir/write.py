@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import secrets
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,8 @@ from bitwright.frontends.mlir.emit import Stored, emitted
 from bitwright.frontends.mlir.spell import PLACE, Spelled
 from bitwright.frontends.torch_context import origin_of
 from bitwright.ir import ops
-from bitwright.ir.errors import BitwrightError, InvalidInput, Problem, Unsupported
+from bitwright.ir.errors import InvalidInput, Problem, Unsupported
+from bitwright.ir.files import save
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.interpret import to_numpy
 from bitwright.ir.semantics import torch_dtype
@@ -50,7 +49,7 @@ def to_mlir(graph: Graph, path: str | os.PathLike[str] | None = None) -> str:
         module = _written(graph)
         text = show(module)
         if path is not None:
-            _save(show(module, binary=True) if str(path).endswith(BINARY) else text, Path(path))
+            save(path, show(module, binary=True) if str(path).endswith(BINARY) else text)
     return text.decode()
 
 
@@ -155,18 +154,6 @@ def _module(program: ExportedProgram, stored: dict[str, Stored], place: Any, dty
             Problem("torch-mlir's importer", names[0], first, "fix symbolic sizes, if there are any")
         ) from e
     return module
-
-
-def _save(data: bytes, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as e:
-        raise BitwrightError(f"cannot write {path}: {e.strerror or e}") from e
 
 
 __all__ = ["BINARY", "SIZES", "imported", "to_mlir"]

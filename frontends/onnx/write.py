@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-from pathlib import Path
 
 import onnx
 from onnx import helper
@@ -14,7 +12,8 @@ from bitwright.frontends.onnx import _write_contract, _write_index, _write_norm,
 from bitwright.frontends.onnx._write_context import Writing, container, element
 from bitwright.frontends.onnx._write_quant import is_constant_dequantize, nibbles
 from bitwright.ir import ops
-from bitwright.ir.errors import BitwrightError, InvalidInput, Problem, Unsupported
+from bitwright.ir.errors import InvalidInput, Problem, Unsupported
+from bitwright.ir.files import save
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.types import TensorType
 
@@ -68,7 +67,7 @@ def to_onnx(graph: Graph, path: str | os.PathLike[str] | None = None) -> onnx.Mo
     data = model.SerializeToString(deterministic=True)
     onnx.checker.check_model(data)
     if path is not None:
-        _save(data, Path(path))
+        save(path, data)
     return model
 
 
@@ -125,15 +124,3 @@ def _drop_dead(w: Writing, wanted: set[str]) -> None:
 
 def _described(name: str, t: TensorType) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, element(container(t.dtype)), list(t.shape))
-
-
-def _save(data: bytes, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as e:
-        raise BitwrightError(f"cannot write {path}: {e.strerror or e}") from e

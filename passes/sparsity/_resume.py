@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.ir.errors import InvalidInput
+from bitwright.ir.files import beside
 from bitwright.ir.weights import Array
 
 
@@ -68,14 +67,8 @@ class Store:
             return
         raw = {name: np.ascontiguousarray(a).reshape(-1).view(np.uint8) for name, a in arrays.items()}
         try:
-            handle, path = tempfile.mkstemp(dir=self.directory, suffix=".part")
-            try:
-                with os.fdopen(handle, "wb") as out:
-                    np.savez(out, key=np.array(key), facts=np.array(json.dumps(facts)), **raw)  # type: ignore[arg-type]
-                Path(path).replace(self._file(layer))
-            except BaseException:
-                Path(path).unlink(missing_ok=True)
-                raise
+            with beside(self._file(layer)) as temporary, temporary.open("wb") as out:
+                np.savez(out, key=np.array(key), facts=np.array(json.dumps(facts)), **raw)  # type: ignore[arg-type]
         except OSError as e:
             raise InvalidInput(f"resume={self.directory} cannot be written: {e.strerror}") from e
 

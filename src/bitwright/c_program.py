@@ -16,7 +16,8 @@ from bitwright.codegen.c.emit import files
 from bitwright.codegen.c.program import Call, Source, source_of
 from bitwright.codegen.c.toolchain import Sizes, Toolchain, run_self_test, sizes, toolchain
 from bitwright.errors_by_layer import measure_layers
-from bitwright.ir.errors import InvalidInput
+from bitwright.ir.errors import BitwrightError, InvalidInput
+from bitwright.ir.files import save
 from bitwright.ir.graph import Graph
 from bitwright.ir.infer import bind_graph
 from bitwright.ir.interpret import evaluate
@@ -48,13 +49,16 @@ class CProgram:
         built = {"libmodel.a", "selftest", "model.o", "weights.o", "report.json"}
         if folder.exists() and (others := {p.name for p in folder.iterdir()} - set(texts) - built):
             raise InvalidInput(f"{folder} holds other files ({', '.join(sorted(others)[:3])}): name a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BitwrightError(f"cannot write {folder}: {error.strerror or error}") from error
         paths = []
         for name, text in texts.items():
             path = folder / name
-            path.write_text(text, encoding="utf-8")
+            save(path, text)
             paths.append(path)
-        (folder / "report.json").write_bytes(self.report.to_json())
+        save(folder / "report.json", self.report.to_json())
         return [*paths, folder / "report.json"]
 
     def sizes(self, chain: str | Toolchain = "cortex-m4") -> Sizes:

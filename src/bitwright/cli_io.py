@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.ir.errors import BitwrightError, InvalidInput, did_you_mean
+from bitwright.ir.errors import InvalidInput, did_you_mean
+from bitwright.ir.files import save, whole
 
 if TYPE_CHECKING:
     from bitwright.ir.graph import Graph
@@ -41,29 +40,8 @@ def load_arrays(path: Path) -> Arrays:
 
 def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
     """Write an .npz file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise BitwrightError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def save_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise BitwrightError(f"cannot write {path}: {error.strerror or error}") from error
+    with whole(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def save_graph(path: Path, graph: Graph) -> None:
@@ -81,7 +59,7 @@ def save_graph(path: Path, graph: Graph) -> None:
         return
     if graph.weights:
         graph.weights.save(path.with_suffix(".safetensors"))
-    save_text(path, show(graph))
+    save(path, show(graph))
 
 
 def named(arrays: Arrays, names: Sequence[str], where: str) -> Arrays:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from bitwright.codegen.cost import cost_of
 from bitwright.codegen.targets.machine import cpu_name
 from bitwright.ir import ops
 from bitwright.ir.build import Builder
+from bitwright.ir.files import beside
 from bitwright.ir.graph import Graph, Node, subgraph
 from bitwright.ir.target import Target
 from bitwright.ir.types import F32, NM
@@ -113,10 +112,9 @@ class Prices:
 
     def _save(self) -> None:
         file = self._file()
-        temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._load() | self.known, indent=0))
-            os.replace(temporary, file)
+            with beside(file) as temporary:
+                temporary.write_text(json.dumps(self._load() | self.known, indent=0))
         except OSError:
-            temporary.unlink(missing_ok=True)  # a cache that cannot be written only costs time
+            pass  # a cache that cannot be written only costs time

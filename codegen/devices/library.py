@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,14 +22,27 @@ def names() -> tuple[str, ...]:
 
 
 def is_device(name: str) -> bool:
-    """Whether a target's name means a device: one that comes along, or a file ``*.toml``."""
-    return name.endswith(".toml") or name in names()
+    """Whether a target's name means a device: one that comes along, or a file ``*.toml`` of one."""
+    return not is_processor(name) if name.endswith(".toml") else name in names()
+
+
+def is_processor(name: str) -> bool:
+    """Whether a target's name is a file ``*.toml`` that describes a processor: it says ``kind = "cpu"``."""
+    if not name.endswith(".toml"):
+        return False
+    try:
+        return tomllib.loads(Path(name).read_text(encoding="utf-8")).get("kind") == "cpu"
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return False  # whoever reads it as a device says what is wrong
 
 
 def find_device(name: str) -> Device:
     """A device by name or by the path of its file; raises :class:`InvalidInput`."""
     from bitwright.codegen.devices.schema import load_device
 
+    if is_processor(name):
+        called = tomllib.loads(text_of(name)).get("name", name)
+        raise InvalidInput(f"{called} is a processor: bitwright.compile compiles for it")
     if name.endswith(".toml"):
         return load_device(name)
     if name not in names():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from bitwright.codegen.devices.meaning import Meaning, read_meaning
+from bitwright.codegen.devices.places import problem
 from bitwright.codegen.devices.units import Unit, quantity
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.target import Rate, SparseRate, Target, in_bytes
@@ -174,12 +174,12 @@ def parse_device(text: str, place: str = "the device") -> Device:
     try:
         device = Device.model_validate(data)
     except ValidationError as error:
-        problems = [_problem(text, place, e["loc"], e["msg"]) for e in error.errors()]
+        problems = [problem(text, place, e["loc"], e["msg"]) for e in error.errors()]
         raise InvalidInput("\n".join(problems)) from error
     from bitwright.codegen.devices.check import problems_of
 
     if found := problems_of(device):
-        raise InvalidInput("\n".join(_problem(text, place, loc, message) for loc, message in found))
+        raise InvalidInput("\n".join(problem(text, place, loc, message) for loc, message in found))
     return device
 
 
@@ -191,27 +191,3 @@ def load_device(path: str | Path) -> Device:
     except (OSError, UnicodeDecodeError) as e:
         raise InvalidInput(f"cannot read the device {path}: {e}") from e
     return parse_device(text, str(path))
-
-
-def _problem(text: str, place: str, loc: tuple[Any, ...], message: str) -> str:
-    line = _line(text, loc)
-    at = f"{place}:{line}" if line else place
-    return f"{at}: {'.'.join(map(str, loc)) or 'the file'}: {message.removeprefix('Value error, ')}"
-
-
-def _line(text: str, loc: tuple[Any, ...]) -> int:
-    """The line of a key such as ("instruction", 1, "lanes"): of the key, else of its table; 0 when neither is there."""
-    lines = text.splitlines()
-    table = str(loc[0]) if loc else ""
-    nth = loc[1] if len(loc) > 1 and isinstance(loc[1], int) else 0
-    key = next((str(x) for x in reversed(loc[1:]) if isinstance(x, str)), "")
-    heads = [i for i, s in enumerate(lines) if re.match(rf"\s*\[\[?{re.escape(table)}\]\]?\s*(#.*)?$", s)]
-    if not heads:
-        return next((i + 1 for i, s in enumerate(lines) if re.match(rf"\s*{re.escape(table)}\s*=", s)), 0)
-    start = heads[min(nth, len(heads) - 1)]
-    for i in range(start + 1, len(lines)):
-        if re.match(r"\s*\[", lines[i]):
-            break
-        if key and re.match(rf"\s*{re.escape(key)}\s*=", lines[i]):
-            return i + 1
-    return start + 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-Unit = Literal["bytes", "hertz", "bytes/cycle", "joule", "joule/byte", "bits"]
-_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+Unit = Literal["bytes", "hertz", "bytes/cycle", "joule", "joule/byte", "bits", "ops/second", "bytes/second", "seconds"]
+_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 _SMALL = {"": 1.0, "m": 1e-3, "u": 1e-6, "µ": 1e-6, "n": 1e-9, "p": 1e-12, "f": 1e-15}
 _FORMS: dict[Unit, tuple[str, str]] = {
     "bytes": (r"([kmg]i?|)b", "64 KiB"),
@@ -15,6 +15,9 @@ _FORMS: dict[Unit, tuple[str, str]] = {
     "joule": (r"([munpfµ]|)j", "3 pJ"),
     "joule/byte": (r"([munpfµ]|)j/b", "1 pJ/B"),
     "bits": (r"()bits?", "128 bits"),
+    "ops/second": (r"([kmgt]|)op/s", "40 Gop/s"),
+    "bytes/second": (r"([kmgt]|)b/s", "20 GB/s"),
+    "seconds": (r"([munp]|)s", "30 ns"),
 }
 
 
@@ -29,5 +32,5 @@ def quantity(value: object, unit: Unit) -> float:
     if not m:
         raise ValueError(f'{value!r} is not a quantity such as "{example}"')
     prefix = m[2] or ""
-    factor = _SMALL[prefix.lower()] if unit.startswith("joule") else _SIZES[prefix.lower()]
+    factor = _SMALL[prefix.lower()] if unit.startswith(("joule", "seconds")) else _SIZES[prefix.lower()]
     return float(m[1]) * factor

@@ -24,11 +24,15 @@ def names() -> list[str]:
 
 
 def resolve(target: str | Target, *, calibrate: bool = True) -> Target:
-    """A target by name (``host``: this machine; ``*.toml``: a device's file); raises :class:`InvalidInput`."""
+    """A target by name (``host``: this machine; ``*.toml``: a file); raises :class:`InvalidInput`."""
     if isinstance(target, Target):
         return target
     if target == "host":
         return host(calibrate=calibrate)
+    if library.is_processor(target):
+        from bitwright.codegen.targets.files import load_processor
+
+        return load_processor(target, BUILTIN | CROSS)
     if library.is_device(target):
         return library.find_device(target).target()
     known = BUILTIN | CROSS | SOURCES

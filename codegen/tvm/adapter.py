@@ -21,7 +21,7 @@ import tvm  # type: ignore[import-untyped]
 from tvm import tirx
 from tvm.tirx import compilation_pipeline  # type: ignore[import-untyped]
 
-from bitwright.ir.errors import InvalidInput
+from bitwright.ir.errors import InvalidInput, did_you_mean
 
 PIPELINE = "bitwright_cabi"
 
@@ -67,6 +67,21 @@ def machine(isa: str) -> Machine:
         raise InvalidInput(f"LLVM options {isa!r}: {', '.join(sorted(unknown))} is none of mcpu, mtriple, mattr, mabi")
     mattr = tuple(filter(None, given.get("mattr", "").split(",")))
     return Machine(given.get("mcpu", "generic"), given.get("mtriple", ""), mattr, given.get("mabi", ""))
+
+
+def processor_features(options: str) -> frozenset[str] | str:
+    """The features, by LLVM's names, of a processor's name or LLVM's options; or why there is no such processor."""
+    try:
+        on = machine(options)
+        if on.mtriple.partition("-")[0] not in ("", *map(str, tvm.target.codegen.llvm_get_targets())):
+            return f"LLVM knows no architecture {on.mtriple!r}"
+        plain = Machine("generic" if on.mtriple else "x86-64", on.mtriple).target()
+        known = set(map(str, tvm.target.codegen.llvm_get_cpu_archlist(plain)))
+        if on.mcpu not in known:
+            return f"LLVM knows no processor {on.mcpu!r}{did_you_mean(on.mcpu, sorted(known))}"
+        return frozenset(map(str, tvm.target.codegen.llvm_get_cpu_features(on.target())))
+    except (InvalidInput, ValueError, RuntimeError) as e:
+        return f"LLVM takes no {options!r}: {e}"
 
 
 @cache

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from bitwright.codegen.devices.schema import Device
     from bitwright.simulation import Simulation
 
-app = typer.Typer(name="targets", help="List the targets, show one, or check a device's file.", rich_markup_mode="rich")
-Name = Annotated[str, typer.Argument(help="A target, or a device's file (*.toml).")]
+app = typer.Typer(name="targets", help="List the targets, show one, or check a file.", rich_markup_mode="rich")
+Name = Annotated[str, typer.Argument(help="A target, or a file (*.toml).")]
 
 
 @app.callback(invoke_without_command=True)
@@ -44,11 +44,18 @@ def show(name: Name) -> None:
 
 
 @app.command()
-def check(file: Annotated[Path, typer.Argument(help="A device's file.")]) -> None:
-    """Check a device's file: every problem with its line."""
+def check(file: Annotated[Path, typer.Argument(help="The file of a device or a processor.")]) -> None:
+    """Check the file of a device or a processor: every problem with its line."""
     from bitwright import cli_show
+    from bitwright.codegen.devices.library import is_processor
     from bitwright.codegen.devices.schema import load_device
+    from bitwright.codegen.targets import resolve
 
+    if is_processor(str(file)):
+        made = resolve(str(file))
+        told = f"{file}: {made.name} is consistent, {made.isa} kernels for {made.mcpu}"
+        cli_show.console().print(told, markup=False)
+        return
     device = load_device(file)
     cli_show.console().print(
         f"{file}: {device.name} is consistent, {len(device.instruction)} instructions", markup=False

@@ -35,6 +35,13 @@ def _packed(lo: int, hi: int, dtype: type[np.generic]) -> Callable[[Array, Array
     return meaning
 
 
+def _rounded(x: Array) -> Array:
+    """To the nearest integer, ties to even; the smallest for NaN and what 32 bits do not hold."""
+    near = np.rint(x.astype(np.float64))
+    inside = (near >= -(2.0**31)) & (near < 2.0**31)
+    return np.asarray(np.where(inside, near, -(2.0**31)), np.int32)
+
+
 def _permute(table: Array, index: Array) -> Array:
     return np.asarray(table[index.astype(np.int64) & (table.size - 1)])
 
@@ -148,6 +155,41 @@ VPACKUSWB_512 = Instruction(
     (VecType(S16, 32), VecType(S16, 32)),
     _packed(0, 255, np.uint8),
 )
+VPACKSSDW_256 = Instruction(
+    "vpackssdw.256",
+    "llvm.x86.avx2.packssdw",
+    "avx2",
+    VecType(S16, 16),
+    (VecType(S32, 8), VecType(S32, 8)),
+    _packed(-32768, 32767, np.int16),
+)
+VPACKUSWB_256 = Instruction(
+    "vpackuswb.256",
+    "llvm.x86.avx2.packuswb",
+    "avx2",
+    VecType(U8, 32),
+    (VecType(S16, 16), VecType(S16, 16)),
+    _packed(0, 255, np.uint8),
+)
+_ROUND_512 = """
+define internal <16 x i32> @bitwright_vcvtps2dq_512(<16 x float> %x) alwaysinline {
+  %r = call <16 x i32> @llvm.x86.avx512.mask.cvtps2dq.512(<16 x float> %x, <16 x i32> undef, i16 -1, i32 4)
+  ret <16 x i32> %r
+}
+declare <16 x i32> @llvm.x86.avx512.mask.cvtps2dq.512(<16 x float>, <16 x i32>, i16, i32)
+"""
+VCVTPS2DQ_512 = Instruction(
+    "vcvtps2dq.512",
+    "bitwright_vcvtps2dq_512",
+    "avx512f",
+    VecType(S32, 16),
+    (VecType(F32, 16),),
+    _rounded,
+    _ROUND_512,
+)
+VCVTPS2DQ_256 = Instruction(
+    "vcvtps2dq.256", "llvm.x86.avx.cvt.ps2dq.256", "avx", VecType(S32, 8), (VecType(F32, 8),), _rounded
+)
 VPSHUFB_512 = Instruction(
     "vpshufb.512", "llvm.x86.avx512.pshuf.b.512", "avx512bw", _bytes(64), (_bytes(64), _bytes(64)), _pshufb
 )
@@ -201,6 +243,10 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     VPMADDWD_512,
     VPACKSSDW_512,
     VPACKUSWB_512,
+    VPACKSSDW_256,
+    VPACKUSWB_256,
+    VCVTPS2DQ_512,
+    VCVTPS2DQ_256,
     VPSHUFB_512,
     VPSHUFB_256,
     VPSHUFB_128,

@@ -58,11 +58,12 @@ def templates() -> dict[str, Template]:
     from bitwright.codegen.tvm.lut import Lut
     from bitwright.codegen.tvm.move import Move
     from bitwright.codegen.tvm.pool import Pool
+    from bitwright.codegen.tvm.quantize import Quantizer
     from bitwright.codegen.tvm.rows import Rows
 
     known: tuple[Template, ...] = (
         Lut(), Grouped(), Lanes(), Contract(), Dynamic(), Decode(), AttentionTemplate(), Rows(), Pool(), Move(),
-        Elementwise(), Generic(),
+        Quantizer(), Elementwise(), Generic(),
     )  # fmt: skip
     return {t.name: t for t in known}
 

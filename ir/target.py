@@ -12,8 +12,9 @@ from typing import Literal
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.types import NM, S8, U8, DType, Encoding, Unstructured
 
-Isa = Literal["avx512-vnni", "avx-vnni", "avx2", "portable", "neon-i8mm", "neon-dot", "vector"]
-"""``portable``: x86-64 as it began. ``vector``: whatever LLVM makes of vectors, fused multiply-add included."""
+Isa = Literal["avx512-vnni", "avx-vnni", "avx2", "portable", "neon-i8mm", "neon-dot", "vector", "cuda"]
+"""``portable``: x86-64 as it began. ``vector``: whatever LLVM makes of vectors, fused multiply-add included.
+``cuda``: CUDA C++ for the architecture in ``mcpu``."""
 
 
 def in_bytes(dtype: DType) -> DType:

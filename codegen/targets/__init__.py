@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bitwright.codegen.devices import library
-from bitwright.codegen.targets import arm, c99, riscv, x86
+from bitwright.codegen.targets import arm, c99, nvidia, riscv, x86
 from bitwright.codegen.targets.x86_bf16 import AVX512_BF16
 from bitwright.ir.errors import InvalidInput, did_you_mean
 from bitwright.ir.target import Target
@@ -18,9 +18,13 @@ SOURCES: dict[str, Target] = {c99.C.name: c99.C}
 """What sources are written for."""
 
 
+GPUS: dict[str, Target] = {t.name: t for t in (nvidia.SM90, nvidia.SM80)}
+"""Devices that kernels are compiled for anywhere and launched on by a host's driver, or emulated."""
+
+
 def names() -> list[str]:
     """What ``--target`` takes."""
-    return ["host", *BUILTIN, *CROSS, *SOURCES, *library.names()]
+    return ["host", *BUILTIN, *CROSS, *GPUS, *SOURCES, *library.names()]
 
 
 def resolve(target: str | Target, *, calibrate: bool = True) -> Target:
@@ -35,7 +39,7 @@ def resolve(target: str | Target, *, calibrate: bool = True) -> Target:
         return load_processor(target, BUILTIN | CROSS)
     if library.is_device(target):
         return library.find_device(target).target()
-    known = BUILTIN | CROSS | SOURCES
+    known = BUILTIN | CROSS | GPUS | SOURCES
     if target not in known:
         raise InvalidInput(
             f"unknown target {target!r}{did_you_mean(target, names())}; `bitwright targets` lists them all"

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm import tirx  # type: ignore[import-untyped]
 from tvm.ir import PointerType, PrimType, StringImm  # type: ignore[import-untyped]
@@ -125,6 +125,8 @@ class Builder:
     _head: list[Any] = field(default_factory=list)
     _count: int = 0
     _imports: dict[str, None] = field(default_factory=dict)
+    private: ClassVar[str] = "global"
+    """The storage scope of registers and stack buffers, in TVM's terms."""
 
     # ---- parameters and memory
     def param(self, name: str, dtype: DType, elements: int) -> Pointer:
@@ -164,14 +166,14 @@ class Builder:
         if elements * width(dtype) > STACK_LIMIT:
             raise ValueError(f"{elements} x {dtype} do not fit a stack buffer of {STACK_LIMIT} bytes")
         buffer = tirx.decl_buffer(
-            (elements,), tvm_dtype(dtype), name=self._unique(name), scope="global", data_alignment=64
+            (elements,), tvm_dtype(dtype), name=self._unique(name), scope=self.private, data_alignment=64
         )
         self.emit(tirx.AllocBuffer(buffer))
         return Pointer(tirx.buffer_data(buffer), buffer, dtype, 0, name)
 
     def register(self, dtype: DType, lanes: int, init: Vec | None = None, name: str = "r") -> Register:
         """A mutable vector value, optionally initialised."""
-        buffer = tirx.decl_buffer((1,), tvm_dtype(dtype, lanes), name=self._unique(name), scope="global")
+        buffer = tirx.decl_buffer((1,), tvm_dtype(dtype, lanes), name=self._unique(name), scope=self.private)
         self.emit(tirx.AllocBuffer(buffer))
         made = Register(self, buffer, dtype, lanes)
         if init is not None:

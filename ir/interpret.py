@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 Observer = Callable[[str, "torch.Tensor"], None]
 
 
-def to_torch(array: Any) -> torch.Tensor:
-    """A torch tensor over the same values (bf16 included); a tensor comes back as it is."""
+def to_torch(array: Any, *, read: bool = False) -> torch.Tensor:
+    """A torch tensor over the same values (bf16 included); a tensor comes back as it is.
+
+    An array that must not be written is copied, unless the caller promises to ``read`` only.
+    """
     import torch
 
     if isinstance(array, torch.Tensor):
@@ -29,7 +33,11 @@ def to_torch(array: Any) -> torch.Tensor:
     a = np.ascontiguousarray(array).reshape(np.shape(array))
     if a.dtype == BF16.numpy:
         return torch.from_numpy(a.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(a if a.flags.writeable else a.copy())
+    if a.flags.writeable or not read:
+        return torch.from_numpy(a if a.flags.writeable else a.copy())
+    with warnings.catch_warnings():  # torch warns of arrays that must not be written
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(a)
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:
@@ -73,7 +81,7 @@ def run_nodes(
     for i, n in enumerate(graph.nodes):
         if isinstance(n.op, (ops.Weight, ops.Constant)):
             if n.output not in values:
-                values[n.output] = to_torch(graph.constant(n.output))
+                values[n.output] = to_torch(graph.constant(n.output), read=n.output not in keep)
             continue
         results = apply(bind_op(n.op, sizes or {}), *(values[x] for x in n.inputs))
         for name, r in zip(n.outputs, results, strict=True):

@@ -25,6 +25,8 @@ Bound = int | Sequence[int] | Array
 """One bound for all inputs, or one for each k."""
 
 _CHUNK = 1 << 20
+_EXACT = 1 << 24
+"""Below this, f32 holds every whole number."""
 """Weights widened at once."""
 
 
@@ -172,23 +174,55 @@ def _down(exact: Fraction) -> float:
     return near if Fraction(near) <= exact else math.nextafter(near, -math.inf)
 
 
+def signed_sums(weights: Any, *, w_zero: int = 0) -> tuple[list[int], list[int]]:
+    """The sums of the positive, and of the negative, terms of every row of ``weights`` [out, k] less ``w_zero``.
+
+    >>> signed_sums([[1, -2], [3, 4]])
+    ([1, 7], [-2, 0])
+    """
+    w, zero = _matrix(weights), _whole("w_zero", w_zero)
+    reach = _reach(w, zero)
+    if w.dtype.itemsize == 1 and reach * w.shape[1] < _EXACT:  # sums of magnitudes are whole floats
+        wide, ones = w.astype(np.float32) - np.float32(zero), np.ones(w.shape[1], np.float32)
+        total, size = wide @ ones, np.abs(wide) @ ones
+        return ((size + total) / 2).astype(np.int64).tolist(), ((total - size) / 2).astype(np.int64).tolist()
+    dtype: Any = np.int64 if reach * w.shape[1] + abs(zero) + reach < 1 << 62 else object
+    plus: list[int] = []
+    minus: list[int] = []
+    for positive, negative in _halves(w, zero, dtype):
+        plus += [int(p) for p in positive.sum(1).tolist()]
+        minus += [int(n) for n in negative.sum(1).tolist()]
+    return plus, minus
+
+
+def range_of_sums(
+    sums: tuple[list[int], list[int]], x_lo: int, x_hi: int, *, x_zero: int = 0, partial: bool = False
+) -> tuple[list[int], list[int]]:
+    """:func:`accumulator_range` (``partial``: :func:`prefix_range`) of rows with these :func:`signed_sums`."""
+    lo, hi = x_lo - x_zero, x_hi - x_zero
+    if partial:
+        lo, hi = min(lo, 0), max(hi, 0)
+    pairs = list(zip(*sums, strict=True))
+    return [p * lo + n * hi for p, n in pairs], [p * hi + n * lo for p, n in pairs]
+
+
+def _reach(w: Array, w_zero: int) -> int:
+    """The largest magnitude of w - w_zero."""
+    return max((abs(int(b) - w_zero) for b in (w.min(), w.max())), default=0) if w.size else 0
+
+
 def _sums(w: Array, lo: int | Array, hi: int | Array, w_zero: int) -> tuple[list[int], list[int]]:
     """Sum over k of the smaller, and of the larger, of w * lo and w * hi; in int64 where that is exact."""
-    least, most = [], []
-    reach = max((abs(int(b) - w_zero) for b in (w.min(), w.max())), default=0) if w.size else 0
-    scalar = isinstance(lo, int)
-    widest = 1 if scalar else max((abs(int(x)) for b in (lo, hi) for x in b), default=0)  # type: ignore[union-attr]
+    if isinstance(lo, int) and isinstance(hi, int):
+        return range_of_sums(signed_sums(w, w_zero=w_zero), lo, hi)
+    least: list[int] = []
+    most: list[int] = []
+    reach, widest = _reach(w, w_zero), max((abs(int(x)) for b in (lo, hi) for x in b), default=0)  # type: ignore[union-attr]
     dtype: Any = np.int64 if 2 * reach * widest * w.shape[1] + abs(w_zero) + reach < 1 << 62 else object
-    if not scalar:
-        lo, hi = (np.asarray(b, object).astype(dtype) if widest < 1 << 62 else np.asarray(b, object) for b in (lo, hi))
+    lo, hi = (np.asarray(b, object).astype(dtype) if widest < 1 << 62 else np.asarray(b, object) for b in (lo, hi))
     for positive, negative in _halves(w, w_zero, dtype):
-        if scalar:
-            pairs = list(zip(positive.sum(1).tolist(), negative.sum(1).tolist(), strict=True))
-            most += [int(p * hi + n * lo) for p, n in pairs]
-            least += [int(p * lo + n * hi) for p, n in pairs]
-        else:
-            most += [int(v) for v in (positive @ hi + negative @ lo).tolist()]
-            least += [int(v) for v in (positive @ lo + negative @ hi).tolist()]
+        most += [int(v) for v in (positive @ hi + negative @ lo).tolist()]
+        least += [int(v) for v in (positive @ lo + negative @ hi).tolist()]
     return least, most
 
 

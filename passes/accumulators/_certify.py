@@ -17,6 +17,7 @@ from bitwright.ir.weights import Array
 
 CONTRACTIONS = (ops.IntLinear, ops.IntMatMul, ops.IntConv)
 Bounds = tuple[int, int]
+Sums = tuple[list[int], list[int]]
 
 
 def certify(graph: Graph, node: Node, observed: Bounds | None = None, *, trust: bool = False) -> dict[str, Any]:
@@ -48,13 +49,14 @@ def certify(graph: Graph, node: Node, observed: Bounds | None = None, *, trust: 
     array = graph.constant(w)
     if isinstance(array, np.ndarray):
         rows = rows_of(array, axes)
-        out |= _by_weights(rows, *used, x_zero, w_zero) | {"digest": digest_of(array)}
+        sums = numerics.signed_sums(rows, w_zero=w_zero)
+        out |= _by_weights(rows, sums, *used, x_zero, w_zero) | {"digest": digest_of(array)}
         narrowed = used != whole
-        out["weight_bits"] = _bits(_by_weights(rows, *whole, x_zero, w_zero)) if narrowed else _bits(out)
+        out["weight_bits"] = _bits(_by_weights(rows, sums, *whole, x_zero, w_zero)) if narrowed else _bits(out)
         if kind == "type":
             out["kind"] = "weights+ranges" if narrowed else "weights"
         if observed is not None and not trust:
-            seen = _by_weights(rows, *_padded(op, observed, x_zero), x_zero, w_zero)
+            seen = _by_weights(rows, sums, *_padded(op, observed, x_zero), x_zero, w_zero)
             out |= {"observed": [*observed], "observed_bits": _bits(seen)}
     if used != whole:
         out["range_bits"] = _bits(out)
@@ -80,13 +82,13 @@ def _bits(c: dict[str, Any]) -> int:
     return max(bits_for(*r) for r in ranges)
 
 
-def _by_weights(rows: Array, x_lo: int, x_hi: int, x_zero: int, w_zero: int) -> dict[str, Any]:
+def _by_weights(rows: Array, sums: Sums, x_lo: int, x_hi: int, x_zero: int, w_zero: int) -> dict[str, Any]:
     """Ranges over all rows, and the inputs of the two rows that reach furthest: one bit for each term."""
-    lo, hi = numerics.accumulator_range(rows, x_lo, x_hi, x_zero=x_zero, w_zero=w_zero)
-    part = numerics.prefix_range(rows, x_lo, x_hi, x_zero=x_zero, w_zero=w_zero)
+    lo, hi = numerics.range_of_sums(sums, x_lo, x_hi, x_zero=x_zero)
+    part = numerics.range_of_sums(sums, x_lo, x_hi, x_zero=x_zero, partial=True)
     # kernels start from -x_zero * sum(w) and add products of the codes as they are
-    codes = numerics.prefix_range(rows, x_lo, x_hi, w_zero=w_zero) if x_zero else part
-    start = [-x_zero * s for s in numerics.accumulator_range(rows, 1, 1, w_zero=w_zero)[0]] if x_zero else [0] * len(lo)
+    codes = numerics.range_of_sums(sums, x_lo, x_hi, partial=True)
+    start = [-x_zero * (p + n) for p, n in zip(*sums, strict=True)]
     at_high, at_low = hi.index(max(hi)), lo.index(min(lo))
     return {
         "range": [min(lo), max(hi)], "partial_range": [min(part[0]), max(part[1])], "rows": [at_low, at_high],

@@ -62,7 +62,7 @@ def compile_cuda(text: str, arch: str) -> Compiled:
 def _text(size_of: Any, get: Any, program: Any) -> str:
     text = b" " * size_of(program)[1]
     get(program, text)
-    return text.decode(errors="replace").rstrip("\0 \n")
+    return str(text, errors="replace").rstrip("\0 \n")
 
 
 @cache

@@ -56,7 +56,7 @@ class Guarded:
         self._maps: list[tuple[int, int]] = []
 
     def place(self, array: Array, align: int = 16) -> tuple[int, Array]:
-        """A copy of the array: its address, and an array that shares it. Its end lies less than ``align`` bytes early."""
+        """A copy of the array: its address, and an array that shares it. It ends less than ``align`` bytes early."""
         nbytes = max(-(-array.nbytes // align) * align, align)
         room = -(-nbytes // PAGE) * PAGE
         base = self._libc.mmap(None, room + 2 * PAGE, 3, 0x22, -1, 0)
@@ -65,7 +65,7 @@ class Guarded:
         self._maps.append((base, room + 2 * PAGE))
         start = base + PAGE + room - nbytes
         raw = (ctypes.c_uint8 * max(array.nbytes, 1)).from_address(start)
-        view = np.frombuffer(raw, np.uint8, array.nbytes).view(array.dtype).reshape(array.shape)
+        view = np.ctypeslib.as_array(raw)[: array.nbytes].view(array.dtype).reshape(array.shape)
         view[...] = array
         return start, view
 

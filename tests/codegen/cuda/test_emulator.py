@@ -10,6 +10,7 @@ from bitwright.codegen.tvm.cuda.source import cuda_source
 from bitwright.codegen.tvm.tir import const
 from bitwright.ir.errors import BitwrightError
 from bitwright.ir.types import F32, S8, S32, U32
+from bitwright.ir.weights import Array
 
 
 def tile(wait: bool = True, sync: bool = True) -> CudaBuilder:
@@ -38,10 +39,10 @@ def tile(wait: bool = True, sync: bool = True) -> CudaBuilder:
     return b
 
 
-def product(b: CudaBuilder, order: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def product(b: CudaBuilder, order: int, rng: np.random.Generator) -> tuple[Array, Array]:
     function = b.finish()
     x, w = rng.integers(-128, 128, (16, 32)).astype(np.int8), rng.integers(-128, 128, (8, 32)).astype(np.int8)
-    arrays = {"a": x, "b": w, "c": np.zeros((16, 8), np.int32)}
+    arrays: dict[str, Array] = {"a": x, "b": w, "c": np.zeros((16, 8), np.int32)}
     out = run_guarded(cuda_source(function), "kern", launch_of(function), arrays, order)
     return out["c"], x.astype(np.int32) @ w.T.astype(np.int32)
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bitwright.ir.graph import Graph
     from bitwright.ir.target import Target
     from bitwright.runtime.program import Program
+    from bitwright.sparse_linear import sparse_linear
     from bitwright.training import sparse_training
     from bitwright.tuning import tune
 
@@ -61,6 +62,7 @@ _LAZY = {
     "constrained_training": "bitwright.a2q_training",
     "fault_training": "bitwright.drop_connect",
     "small_float_training": "bitwright.float_training",
+    "sparse_linear": "bitwright.sparse_linear",
     "sparse_training": "bitwright.training",
     "tune": "bitwright.tuning",
 }
@@ -97,6 +99,7 @@ __all__ = [
     "optimize",
     "simulate",
     "small_float_training",
+    "sparse_linear",
     "sparse_training",
     "to_mlir",
     "to_onnx",

@@ -123,6 +123,8 @@ def _check_dtypes(op: ops.Op, types: tuple[TensorType, ...]) -> None:
         same = types[1:]
     elif isinstance(op, ops.Concat):
         same = types
+    if isinstance(op, ops.SMALL_FLOAT) and all(t.dtype.is_small_float for t in types[:2]):
+        same = types[2:]
     elif isinstance(op, ops.DynamicQuantize | ops.GroupLinear):
         _check_dynamic(op, types)
     if len({t.dtype for t in same}) > 1:
@@ -166,6 +168,8 @@ def result_dtypes(op: ops.Op, types: tuple[TensorType, ...]) -> tuple[DType, ...
         return (BOOL,)
     if isinstance(op, ops.Binary) and op.fn in ("and", "or", "xor"):
         return (BOOL,)
+    if isinstance(op, ops.SMALL_FLOAT) and types[0].dtype.is_small_float:
+        return (F32,)
     return (types[0].dtype,)
 
 

@@ -135,7 +135,8 @@ class Elu(Op):
 
 @dataclass(frozen=True)
 class Cast(Op):
-    """Convert to ``dtype``; float to integer truncates toward zero (out of range: wraps as C does)."""
+    """Convert to ``dtype``; float to integer truncates toward zero (out of range: wraps as C does). Small floats are
+    rounded half to even, NaN to 0."""
 
     name = "cast"
     dtype: DType = S32
@@ -144,7 +145,8 @@ class Cast(Op):
 @dataclass(frozen=True)
 class Quantize(Op):
     """saturate(round_half_even(x / scale) + zero); operands x, scale, [zero]; per tensor, per ``axis``, or
-    per ``group`` consecutive elements of ``axis`` (scale then has size/group entries there)."""
+    per ``group`` consecutive elements of ``axis`` (scale then has size/group entries there). To a small float:
+    x / scale (in f32) in that format, half to even; there is no zero point then."""
 
     name = "quantize"
     arity = (2, 3)
@@ -326,7 +328,8 @@ M7E4_PRODUCT, M7E4_SUM = small_float(4, 7, 12), small_float(4, 7, 10)
 @dataclass(frozen=True)
 class _SmallFloat(Op):
     """Contractions whose every product and every sum is a small float (``small_float.py``), in chunks of terms; the
-    final sum, and then the bias, in the operands' format. Terms in order of k; operands are f32, f16 or bf16."""
+    final sum, and then the bias, in the operands' format. Terms in order of k; operands are f32, f16 or bf16, or small
+    floats, each in a format of its own, with the result in f32."""
 
     product: DType = M7E4_PRODUCT
     acc: DType = M7E4_SUM

@@ -17,7 +17,7 @@ from bitwright.ir import ops
 from bitwright.ir.semantics_dynamic import DYNAMIC_MEANING
 from bitwright.ir.semantics_index import INDEX_MEANING
 from bitwright.ir.semantics_random import RANDOM_MEANING
-from bitwright.ir.semantics_small_float import SMALL_FLOAT_MEANING
+from bitwright.ir.semantics_small_float import SMALL_FLOAT_MEANING, in_small_float
 from bitwright.ir.types import BF16, DType
 
 Tensor = torch.Tensor
@@ -106,6 +106,8 @@ def _per(value: Tensor, like: Tensor, axis: int | None, group: int = 0) -> Tenso
 
 def _quantize(op: ops.Quantize, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     s = _per(scale, x, op.axis, op.group)
+    if op.dtype.is_small_float:
+        return in_small_float(x.to(s.dtype) / s, op.dtype, zero)
     q = torch.round(x.to(s.dtype) / s)
     if zero is not None:
         q = q + _per(zero, x, op.axis, op.group).to(q.dtype)
@@ -140,6 +142,8 @@ def _saturate(op: ops.Saturate, x: Tensor) -> Tensor:
 
 def _cast(op: ops.Cast, x: Tensor) -> Tensor:
     target = torch_dtype(op.dtype)
+    if op.dtype.is_small_float:
+        return in_small_float(x, op.dtype)
     if x.is_floating_point() and op.dtype.is_integer and op.dtype.bits < 64:
         return x.to(torch.int64).to(target)  # as C does on x86: through a wide integer, then wrap
     return x.to(target)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.small_float import Format, format_of, small_float_range, sums_fit
+from bitwright.ir.types import DType
 
 Tensor = torch.Tensor
 TILE, WIDE = 1 << 17, 256
@@ -82,6 +83,18 @@ def rounder(f: Format, sums: Sums, dtype: torch.dtype) -> Callable[[Tensor], Ten
         return t.clamp_(-largest, largest)
 
     return rounded
+
+
+def in_small_float(x: Tensor, dtype: DType, zero: Tensor | None = None) -> Tensor:
+    """f32 values of the small float next to each value of ``x`` (as f32), half to even; NaN becomes 0."""
+    if zero is not None:
+        raise ValueError(f"codes in {dtype} have no zero point")
+    y = x.detach().to(torch.float32)
+    if y.is_meta:
+        return y
+    f = format_of(dtype)
+    y = torch.nan_to_num(y, nan=0.0).clone().contiguous()
+    return rounder(f, Sums(f, f, rounding="nearest"), torch.float32)(y)
 
 
 @dataclass(frozen=True)

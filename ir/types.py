@@ -49,6 +49,11 @@ class DType:
         return self.kind == "float"
 
     @property
+    def is_small_float(self) -> bool:
+        """True for floats of ``ir/small_float.py``: no NaN, no infinities, no subnormals; held in f32."""
+        return self.kind == "float" and (self.bias is not None or (self.exponent, self.mantissa) not in _IEEE.values())
+
+    @property
     def is_integer(self) -> bool:
         """True for every integer-valued format, ternary and bipolar included, bool excluded."""
         return self.kind in ("int", "uint", "ternary", "bipolar")

@@ -38,6 +38,7 @@ PASSES: Mapping[str, str] = {
     "quantize-weights": "precision.quantize_weights:QuantizeWeights",
     "quantize-channels": "precision.quantize_channels:QuantizeChannels",
     "dynamic-quantize": "precision.dynamic_quantize:DynamicQuantize",
+    "quantize-floats": "precision.quantize_floats:QuantizeFloats",
     "quantize-int8": "precision.quantize_int8:QuantizeInt8",
     "smooth-quant": "precision.smooth_quant:SmoothQuant",
     "correct-bias": "precision.correct_bias:CorrectBias",

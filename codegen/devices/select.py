@@ -152,7 +152,12 @@ def cure_of(device: Device) -> str:
         return "quantize to the formats of the device, or mask for it (`bitwright targets show`)"
     op = small[0]
     rounding = "" if op.rounding == "floor" else f" rounding={op.rounding}"
-    return f"the recipe small-float-sums{{product={op.product} acc={op.acc} chunk={op.chunk}{rounding}}}"
+    sums = f"small-float-sums{{product={op.product} acc={op.acc} chunk={op.chunk}{rounding}}}"
+    x, w = next((i.parsed.x, i.parsed.w) for i in device.instruction if i.parsed.product.op is op)
+    if not x.is_small_float:
+        return f"the recipe {sums}"
+    both = f"x={x}" if x == w else f"x={x} w={w}"
+    return f"the recipe observe-ranges, quantize-floats{{{both} sums={op.acc}}}, {sums}"
 
 
 def _told(i: Instruction) -> str:

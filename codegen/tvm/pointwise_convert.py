@@ -5,6 +5,7 @@ from __future__ import annotations
 from bitwright.codegen.tvm.tir import Builder, Condition, Vec, const, fma, width
 from bitwright.codegen.tvm.vecmath import VecMath, keep
 from bitwright.ir import ops
+from bitwright.ir.small_float import format_of, small_float_range
 from bitwright.ir.types import BF16, BOOL, F16, F32, F64, S32, S64, U8, U64, DType
 
 
@@ -48,6 +49,8 @@ class Convert:
             return x
         if dtype == BOOL:
             return self.truth(self.is_true(self.keep(x)))
+        if dtype.is_small_float:
+            return self._small_float(self._to_float(x, F32), dtype)
         if dtype.is_float:
             return self._to_float(x, dtype)
         if x.dtype.is_float:
@@ -92,6 +95,8 @@ class Convert:
     def quantize(self, op: ops.Quantize, x: Vec, scale: Vec, zero: Vec | None = None) -> Vec:
         carrier = scale.dtype
         ratio = self.widen(self._to_float(x, carrier)) / self.widen(scale)
+        if op.dtype.is_small_float:
+            return self._small_float(self._to_float(ratio, F32), op.dtype)
         q = self._rounded(self.m.round(self.widen(self._to_float(ratio, carrier))), carrier)
         if zero is not None:
             q = self._rounded(q + self.widen(self._to_float(zero, carrier)), carrier)
@@ -99,6 +104,20 @@ class Convert:
         if op.dtype.is_float:
             return self.convert(Vec(q.expr, F64 if carrier == F64 else F32, q.lanes), op.dtype)
         return self._clamped(q, op.dtype)
+
+    def _small_float(self, x: Vec, dtype: DType) -> Vec:
+        """f32 rounded half to even to a small float; NaN becomes 0, what is too large the largest."""
+        smallest, largest = small_float_range(*format_of(dtype))
+        drop = 23 - dtype.mantissa
+        x = self.keep(x)
+        x = self.keep(self.m.number(x).select(x, const(0.0, F32, x.lanes)))
+        bits = self.keep(x.bits(S32))
+        odd = self.keep((bits >> drop) & 1)
+        up = self.keep(bits + odd)  # in registers: TVM would rearrange the arithmetic on bits
+        cut = self.keep((self.keep(up + ((1 << (drop - 1)) - 1)) & -(1 << drop)).bits(F32))
+        size = (bits & 0x7FFFFFFF).bits(F32)
+        kept = size.lt(smallest).select(const(0.0, F32, x.lanes), cut.max(-largest).min(largest))
+        return Vec(kept.expr, dtype, x.lanes)
 
     def quantize_near(self, op: ops.Quantize, x: Vec, scale: Vec, zero: Vec) -> Vec:
         """:meth:`quantize` of an f32 that is an approximation anyway to at most 8 unsigned bits, in fewer operations.

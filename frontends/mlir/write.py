@@ -45,6 +45,11 @@ def to_mlir(graph: Graph, path: str | os.PathLike[str] | None = None) -> str:
             f"@{graph.name} is at the {graph.level} level; MLIR is written from the graph level: run the passes before"
             " lower-to-integer only"
         )
+    small = [n for n in graph.nodes if any(t.dtype.is_small_float for t in n.types)]
+    if small:
+        told = "the dialect has no such number format"
+        cure = "write the graph before the pass that made this operator"
+        raise Unsupported([Problem(f"a value of {n.type.dtype}", n.origin or n.output, told, cure) for n in small])
     with context():
         module = _written(graph)
         text = show(module)

@@ -14,6 +14,7 @@ from bitwright.ir.small_float import format_of, small_float_range, sums_fit
 from bitwright.ir.types import F64, DType, parse_dtype, small_float
 from bitwright.passes._layers import layer_of, selected
 from bitwright.passes._pass import Context, Pass
+from bitwright.passes.accumulators._codes import codes_of, sum_codes
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class SmallFloatSums(Pass):
     Formats are f<e>m<m>b<bias>: no infinities, no subnormals; below 2^-bias is zero, above the largest stays the
     largest. Of two formats one may be left out: the other one's, with the bias that lets chunks of random terms fit,
     b_acc = b_product - log2(chunk) / 2 (Blumenfeld et al., ICLR 2024). ``floor`` cuts the mantissa of the magnitude,
-    ``nearest`` rounds half to even. Kernels emulate the sums bit for bit on any target, slowly: this pass is for
-    seeing what such an accumulator does to a model.
+    ``nearest`` rounds half to even. Small floats of quantize-floats are multiplied as they are; scales and bias come
+    behind the sums. Kernels emulate the sums bit for bit on any target, slowly: this pass is for seeing what such an
+    accumulator does to a model.
 
     before:
         graph @g (%x: f32[2, 8]) -> (y = %y) level=graph {
@@ -61,7 +63,11 @@ class SmallFloatSums(Pass):
             if why := _why_not(graph, node):
                 context.refuse(self.name, name, why)
                 return False
-            rw.keep_as(node, _with(node.op, sums), rw.of(*node.inputs))
+            left, right = (codes_of(rw, v) for v in node.inputs[:2])
+            if left is not None and right is not None:
+                sum_codes(rw, node, _with(node.op, sums), left, right)
+            else:
+                rw.keep_as(node, _with(node.op, sums), rw.of(*node.inputs))
             x, w = (graph.types[v] for v in node.inputs[:2])
             terms = math.prod(int(d) for d in w.shape[1:]) if isinstance(node.op, ops.Conv) else x.shape[-1]
             context.remark(self.name, name, terms=terms, **_endpoints("product", product), **_endpoints("acc", acc))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -97,4 +98,19 @@ def why_not_low(graph: Graph, n: Node, width: Width, symmetric: bool) -> tuple[s
     return ()
 
 
-__all__ = ["checked_width", "relative_change", "snr_db", "why_not_low", "write_codes"]
+def why_not_small(graph: Graph, n: Node, ranges: Mapping[str, tuple[float, float]]) -> str:
+    """Why the operands of a contraction do not become small floats, or the empty string."""
+    if isinstance(n.op, ops.ConvTranspose | ops.Attention):
+        return f"{n.op.spelling} is not computed from small floats"
+    for v in n.inputs[:2]:
+        source = graph.producers.get(v)
+        if source is not None and isinstance(source.op, ops.Dequantize):
+            return "quantized already"
+        if graph.types[v].dtype != F32:
+            return f"an operand is {graph.types[v].dtype}: cast the model to f32 first"
+        if not graph.is_constant(v) and not all(map(math.isfinite, ranges.get(v, (math.nan,)))):
+            return f"no finite range was observed for %{v}"
+    return ""
+
+
+__all__ = ["checked_width", "relative_change", "snr_db", "why_not_low", "why_not_small", "write_codes"]

@@ -22,6 +22,7 @@ from bitwright.passes.precision._statistics import (
     along,
     channel_axis,
     moments,
+    nearer,
     quantized_layers,
     reference_of,
     run_mended,
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 class CorrectBias(Pass):
     """Add to each quantized layer's bias what its mean output lost against the float model (Nagel et al. 2019).
 
-    ``empirical``: measured on calibration data, layer after layer, each on what the corrected layers before it give.
+    ``empirical``: measured on calibration data, layer after layer, each on what the corrected layers before it give;
+    a graph whose outputs there that would take further from the float model's stays as it is.
     ``analytic``: without data, (W - W_q) E[x] with the E[x] that a batch norm (and relu or clamp behind it) implies;
     zero padding is left out of account. ``tuned``: all biases are learnt together by gradients, on what the model gives
     (bias tuning of Hubara et al. 2021); never further from the float model's outputs on the calibration data.
@@ -80,8 +82,11 @@ class CorrectBias(Pass):
             else:
                 layers[node.output] = node
         measure = {"empirical": self._measured, "analytic": self._implied, "tuned": self._tuned}[self.method]
+        told = len(context.remarks)
         shifts = measure(graph, reference, context, layers)
-        return affine(graph, shifts) if shifts else graph
+        mended = affine(graph, shifts) if shifts else graph
+        measured = self.method == "empirical"
+        return nearer(graph, mended, reference, context, self.name, told) if measured else mended
 
     def _measured(self, graph: Graph, reference: Graph, context: Context, layers: dict[str, Node]) -> dict[str, Array]:
         need_calibration(context, self.name)

@@ -19,6 +19,7 @@ from bitwright.passes.precision._statistics import (
     along,
     channel_axis,
     moments,
+    nearer,
     quantized_layers,
     reference_of,
     run_mended,
@@ -48,7 +49,8 @@ class RetuneNorms(Pass):
 
     Layer after layer, on what the retuned layers before it give: W' = W g, b' = (b - mean) g + target mean with
     g = sqrt(target variance + eps) / sqrt(variance + eps). g goes into the weight's scale, so that no integer code
-    changes. ``target=norms`` takes mean and deviation from folded batch norms instead of from the float model.
+    changes. ``target=norms`` takes mean and deviation from folded batch norms instead of from the float model. A graph
+    whose outputs that would take further from the float model's on the calibration data stays as it is.
 
     before:
         graph @g (%x: f32[4, 2]) -> (y = %y) level=graph {
@@ -80,7 +82,7 @@ class RetuneNorms(Pass):
         need_calibration(context, self.name)
         if not self.eps > 0:
             raise InvalidInput(f"retune-norms: eps is greater than 0, not {self.eps}")
-        targets = self._targets(graph, context)
+        targets, told = self._targets(graph, context), len(context.remarks)
         gains: dict[str, Array] = {}
         shifts: dict[str, Array] = {}
 
@@ -101,7 +103,9 @@ class RetuneNorms(Pass):
             return [r * along(gain, axis, r) + along(shift, axis, r) for r in results]
 
         run_mended(graph, context, self.name, set(targets), mend)
-        return affine(graph, shifts, gains)
+        mended = affine(graph, shifts, gains) if shifts else graph
+        reference = context.facts.get("reference") if self.target == "float" else None
+        return nearer(graph, mended, reference, context, self.name, told) if reference is not None else mended
 
     def _targets(self, graph: Graph, context: Context) -> dict[str, tuple[Array, Array]]:
         """Mean and variance by channel that each layer's result shall have."""

@@ -77,7 +77,7 @@ def assemble(
     refuse_broken(graph)
     symbol, notes = batch_symbol(graph, batch)
     calibration = fit_batches(graph, calibration)
-    done = lower(graph, recipe, target, calibration, dump=dump, progress=progress, price=price)
+    done = lower(graph, recipe, target, calibration, dump=dump, progress=progress, price=price, wait=False)
     sizes = dict.fromkeys(graph.symbols, batch)
     bound = bind_graph(done.graph, sizes) if sizes else done.graph
     refuse_empty(bound)
@@ -89,7 +89,8 @@ def assemble(
             bound, target, rows=rows, row_inputs=row_bytes[:split], row_outputs=row_bytes[split:],
             cache=cache, workers=workers, progress=progress, records=tuned,
         )  # fmt: skip
-    errors = measure_layers(graph, done.quantized, calibration, done.context.calibration)
+    done = done.settled()  # output errors were measured while kernels were built
+    errors = measure_layers(graph, done.quantized, calibration, done.context)
     report = report_of(graph, target, built.kernels, built.graph, done, errors)
     report.notes += [*notes, *built.notes]
     if measure and target.arch != platform.machine():
@@ -362,7 +363,8 @@ def example_inputs(program: Program, calibration: Sequence[Any] = ()) -> list[np
         first = calibration[0]
         given = [first[n] for n in program.input_names] if isinstance(first, dict) else list(first)
         rows = program.manifest.chunks[0]
-        sizes = [t.factor * rows or len(v) if np.ndim(v) else 0 for t, v in zip(program.inputs, given, strict=True)]
+        heads = [t.factor * rows or next(iter(t.shape), 0) for t in program.inputs]
+        sizes = [int(n) if np.ndim(v) else 0 for n, v in zip(heads, given, strict=True)]
         if all(np.ndim(v) == 0 or len(v) >= n for v, n in zip(given, sizes, strict=True)):
             cut = [v[:n] if np.ndim(v) else v for v, n in zip(given, sizes, strict=True)]
             return [np.ascontiguousarray(v) for v in cut]

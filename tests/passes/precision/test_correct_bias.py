@@ -75,7 +75,10 @@ def test_means_of_a_coarse_network_agree_again(method: str) -> None:
     assert now[-1] < 0.9 * before[-1]
     if method == "empirical":
         assert all(b < 0.4 * a for a, b in zip(before, now, strict=True))
-        assert all(f["mean_error_after"] < 1e-3 * f["mean_error"] for _, _, f in context.remarks[told:])
+        (_, place, whole), *layers = context.remarks[told:]
+        assert place == "model"
+        assert whole["output_error_after"] < whole["output_error"]
+        assert all(f["mean_error_after"] < 1e-3 * f["mean_error"] for _, _, f in layers)
     else:
         assert [r.place for r in context.refusals][-1:] == ["coarse"]  # the image: no norm tells its mean
     assert not CorrectBias(method=method).run(after, context).changed_from(after)  # type: ignore[arg-type]
@@ -179,3 +182,24 @@ def test_biases_are_learnt_where_constants_are_spread_over_a_batch_of_any_size(r
     run_pipeline(graph, parse_passes(recipe), context)
     told = next(facts for name, _, facts in context.remarks if name == "correct-bias")
     assert told["output_error_after"] <= told["output_error"]
+
+
+@pytest.mark.parametrize("made", ["correct-bias", "retune-norms"])
+def test_a_correction_that_takes_the_outputs_further_away_is_not_made(read: Read, made: str) -> None:
+    """The mean of channel 0 is that of many rows of 1, which the outputs do not read; the others are rounded down."""
+    graph = read("""
+        graph @g (%x: f32[64, 2], %m: f32[64, 1]) -> (z = %z) level=graph {
+          %w = weight {ref="fc.weight"} : f32[2, 2]
+          %y = linear(%x, %w) : f32[64, 2]
+          %z = mul(%y, %m) : f32[64, 2]
+        }
+    """, {"fc.weight": np.array([[1, 0.001], [1, -0.001]], np.float32)})  # fmt: skip
+    x, m = np.ones((64, 2), np.float32), np.zeros((64, 1), np.float32)
+    x[:, 1] = 200.0
+    x[:8, 1], m[:8] = np.linspace(-1, 1, 8), 1.0
+    batch = [{"x": x, "m": m}]
+    after, report = optimize(graph, f"observe-ranges, quantize-weights{{bits=4}}, {made}", calibration=batch)
+    assert len(after.producers["y"].inputs) == 2
+    (refused,) = [r for r in report.refusals if r.pass_name == made]
+    assert "all layers stay as they are" in refused.reason
+    assert not [r for r in report.remarks if r[0] == made and r[1] != "model"]

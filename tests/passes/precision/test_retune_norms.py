@@ -103,7 +103,7 @@ def test_one_scale_becomes_one_for_each_output_and_codes_stay(read: Read) -> Non
     (got,), (want,) = (evaluate(g, {"x": np.concatenate([b["x"] for b in batches])}) for g in (after, float_))
     np.testing.assert_allclose(got[:, :2], want[:, :2], atol=1e-4)  # those differ by a factor and a shift
     np.testing.assert_allclose(got.mean(0), want.mean(0), atol=1e-5)
-    assert context.remarks[0][1:] == ("fc", context.remarks[0][2])
+    assert [place for _, place, _ in context.remarks] == ["model", "fc"]
     again = RetuneNorms(eps=1e-9).run(after, context)
     assert not again.changed_from(after)
 

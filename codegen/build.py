@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitwright.codegen.cache import Cache
+from bitwright.codegen.cache import Cache, key_of
 from bitwright.codegen.jobs import Job, compile_all
 from bitwright.codegen.link import compiler_for, find_compiler, link
 from bitwright.codegen.main_c import Variant, main_c
@@ -99,17 +99,36 @@ def build(
     symbols = {c.symbol: objects[c.key] for c in orders.values()}
     steps, buffers, data = _program(graph, choices)
     made = plan(steps, buffers, graph.outputs)
-    blob = np.zeros(made.weights_bytes, np.uint8)
+    blob = _zeros(made.weights_bytes)
     for name, array in data.items():
         at = made.weight_offsets[name]
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         blob[at : at + flat.size] = flat
     notes: list[str] = []
     source = main_c([Variant(made, rows, tuple(row_inputs), tuple(row_outputs))], features=target.features)
-    library = link(symbols, source, openmp=True, cc=cc, notes=notes)
-    kernels = tuple(_kernel(n, choices[n.output]) for n in graph.nodes if n.output in choices)
     compiled = (cache.misses - before) if cache else len(jobs)
+    library = _linked(symbols, source, cc, notes, cache)
+    kernels = tuple(_kernel(n, choices[n.output]) for n in graph.nodes if n.output in choices)
     return Built(library, blob, made, graph, kernels, source, compiled, tuple(notes))
+
+
+def _zeros(size: int) -> Array:
+    """Bytes from a cache line's start on, where a program uses them in place."""
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]
+
+
+def _linked(objects: Mapping[str, bytes], source: str, cc: str | None, notes: list[str], cache: Cache | None) -> bytes:
+    """The program's library, from the cache if these objects and this C text were linked before."""
+    command = find_compiler(cc)
+    key = key_of("library", command, source, *(part for name in objects for part in (name, objects[name])))
+    found = cache.get(key) if cache else None
+    if found is None:
+        found = link(objects, source, openmp=True, cc=cc, notes=notes)
+        if cache and not notes:  # what it could not do is told every time
+            cache.put(key, found)
+    return found
 
 
 def _kernel(node: Node, choice: Choice) -> Kernel:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,16 @@ class PipelineReport:
     refusals: tuple[Refusal, ...] = ()
     remarks: tuple[tuple[str, str, dict[str, Any]], ...] = ()
     seconds: float = 0.0
+    finish: Callable[[], tuple[PassRow, ...]] | None = field(default=None, repr=False, compare=False)
+    """Set while output errors are still being measured."""
+
+    def settled(self) -> PipelineReport:
+        """With all output errors, once they are measured."""
+        return self if self.finish is None else replace(self, rows=self.finish(), finish=None)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as dictionaries and lists."""
-        return asdict(self)
+        return {k: v for k, v in asdict(self.settled()).items() if k != "finish"}
 
     def why(self, pass_name: str) -> tuple[Refusal, ...]:
         """What a pass refused."""
@@ -107,7 +114,19 @@ class _Run:
     instruments: Sequence[Instrument]
     crash_dir: Path | None
     error: OutputError
+    later: ThreadPoolExecutor | None = None
     rows: list[PassRow] = field(default_factory=list)
+    waiting: dict[int, Future[float]] = field(default_factory=dict)
+    """Output errors by position among the rows."""
+
+    def finish(self) -> tuple[PassRow, ...]:
+        """The rows with their output errors, and what was found about layers for the driver."""
+        for place, error in self.waiting.items():
+            self.rows[place] = replace(self.rows[place], output_error=error.result())
+        if self.later is not None:
+            self.later.shutdown()
+        self.context.layers = self.error.layers
+        return tuple(self.rows)
 
     def step(self, index: int, p: Pass, graph: Graph) -> Graph:
         refused, remarked = len(self.context.refusals), len(self.context.remarks)
@@ -128,13 +147,19 @@ class _Run:
             raise self.failed(index, p, graph, e) from e
         seconds = time.perf_counter() - start
         after = after if changed else graph
-        measured, why_not = self.error.of(after, p, self.context.calibration) if changed and p.lossy else (None, "")
-        notes = [why_not] if why_not else []
+        if self.context.trace is not None:
+            self.error.adopt(self.context.trace, self.context.calibration)
+            self.context.trace = None
+        notes: list[str] = []
+        if changed and p.lossy:
+            error, why_not = self.error.of(after, self.context.calibration, self.later)
+            notes += [why_not] if why_not else []
+            self.waiting |= {} if error is None else {len(self.rows): error}
         told, kept = len(self.context.remarks) - remarked, len(self.context.refusals) - refused
         notes += [f"{told} remark{'s' if told > 1 else ''}"] if told else []
         notes += [f"{kept} refused"] if kept else []
         sizes = len(graph.nodes), len(after.nodes)
-        self.rows.append(PassRow(index, p.name, p.options, seconds, *sizes, changed, False, tuple(notes), measured))
+        self.rows.append(PassRow(index, p.name, p.options, seconds, *sizes, changed, False, tuple(notes)))
         for i in self.instruments:
             i.after(index, p, graph, after, changed, seconds)
         return after
@@ -155,12 +180,14 @@ def run_pipeline(
     stop_after: int | str | None = None,
     bisect_limit: int | None = None,
     crash_dir: str | Path | None = ".",
+    wait: bool = True,
 ) -> tuple[Graph, PipelineReport]:
     """Run passes over a graph; returns the graph and the report.
 
     ``stop_after``: a number of passes, or the name of the last pass to run (its first occurrence).
     ``bisect_limit``: from this number of passes on, those that keep the level are skipped. ``crash_dir``: where
-    a failing pass leaves its reproducer (None: nowhere). Raises :class:`InvalidInput` when the passes do not fit
+    a failing pass leaves its reproducer (None: nowhere). Without ``wait`` output errors are measured in a thread of
+    their own, and the report has them when it is ``settled()``. Raises :class:`InvalidInput` when the passes do not fit
     together or the input is at fault, :class:`PassFailed` when a pass is.
     """
     context = context or Context()
@@ -171,7 +198,8 @@ def run_pipeline(
         )
     start = time.perf_counter()
     crash = Path(crash_dir) if crash_dir is not None else None
-    run = _Run(pipeline.passes, context, instruments, crash, OutputError(graph, context.calibration))
+    later = None if wait else ThreadPoolExecutor(1, "output-errors")
+    run = _Run(pipeline.passes, context, instruments, crash, OutputError(graph, context.calibration), later)
     refused, remarked = len(context.refusals), len(context.remarks)
     for i in instruments:
         i.begin(graph)
@@ -182,10 +210,11 @@ def run_pipeline(
         if context.progress is not None:
             context.progress(p.name, index / len(pipeline.passes))
         graph = run.step(index, p, graph)
-    return graph, PipelineReport(
-        str(pipeline), tuple(run.rows), tuple(context.refusals[refused:]), tuple(context.remarks[remarked:]),
-        time.perf_counter() - start,
+    report = PipelineReport(
+        str(pipeline), (), tuple(context.refusals[refused:]), tuple(context.remarks[remarked:]),
+        time.perf_counter() - start, run.finish,
     )  # fmt: skip
+    return graph, report.settled() if wait else report
 
 
 def _stop(pipeline: Pipeline, stop_after: int | str | None) -> int | None:

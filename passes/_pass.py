@@ -10,6 +10,7 @@ from bitwright.ir.graph import Graph, Level
 from bitwright.ir.target import Target
 from bitwright.ir.types import NM
 from bitwright.ir.weights import Array
+from bitwright.passes._trace import Measured, Trace
 
 Batch = Sequence[Array] | Mapping[str, Array]
 Price = Callable[[Graph, str, int, NM | None, bool], tuple[float, str]]
@@ -46,6 +47,10 @@ class Context:
     """(pass, place, facts) for the report, e.g. ("nm-mask", "fc1", {"kept": 0.91})."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Results of analyses by value name, e.g. facts["ranges"]["conv1"] = (lo, hi)."""
+    trace: Trace | None = None
+    """What a pass saw when it evaluated its graph on the first batch, for the manager, which takes it away."""
+    layers: tuple[Graph, Measured] | None = None
+    """The last lossy graph that the manager evaluated, and the errors of its layers."""
 
     def refuse(self, pass_name: str, place: str, reason: str, cure: str = "") -> None:
         self.refusals.append(Refusal(pass_name, place, reason, cure))

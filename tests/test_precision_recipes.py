@@ -118,6 +118,34 @@ def test_clipped_values_are_counted(folder: Path) -> None:
     assert measure_layers(graph, quantized, []).errors == {}
 
 
+def test_layers_are_compared_with_what_the_passes_evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitwright.ir.interpret import evaluate as plain
+
+    graph, seen = bw.load_onnx(folder / "net.onnx"), []
+
+    def counted(graph: Any, *args: Any, **more: Any) -> Any:
+        seen.append(graph)
+        return plain(graph, *args, **more)
+
+    monkeypatch.setattr("bitwright.passes._measure.evaluate", counted)
+    batches = [(np.random.default_rng(3).standard_normal((8, 3, 8, 8)).astype(np.float32),)]
+    context = Context(calibration=batches)
+    quantized, report = run_pipeline(
+        graph, parse_passes("simplify, observe-ranges, quantize-int8"), context, wait=False
+    )
+    assert (
+        report.settled().rows[-1].output_error
+        == run_pipeline(graph, parse_passes("simplify, observe-ranges, quantize-int8"), Context(calibration=batches))[1]
+        .rows[-1]
+        .output_error
+    )
+    assert [g.level for g in seen] == ["graph", "graph"], "each run evaluates the quantized graph, and no other"
+    found, again = measure_layers(graph, quantized, batches, context), measure_layers(graph, quantized, batches)
+    assert found.errors.keys() == again.errors.keys()
+    assert found.errors == pytest.approx(again.errors, rel=1e-3)
+    assert found.clipped == pytest.approx(again.clipped)
+
+
 def test_bisection_names_the_first_layer_too_far_from_the_model(folder: Path) -> None:
     recipe = "observe-ranges, quantize-weights{bits=2 only=onnx::Conv_2}, quantize-int8"
     out = folder / "bisected.bw"

@@ -14,6 +14,9 @@ from bitwright.ir.weights import Array
 from bitwright.passes._layers import stem
 from bitwright.passes.precision._regions import Regions, moved_operands
 
+_BLOCK = 1 << 15
+"""Weights that are in f64 at a time."""
+
 
 def parameters(lo: float, hi: float, dtype: DType) -> tuple[float, int]:
     """Scale (an f32 value) and zero point that cover [lo, hi] and represent 0 exactly.
@@ -31,18 +34,38 @@ def parameters(lo: float, hi: float, dtype: DType) -> tuple[float, int]:
 
 def quantize_weight(weight: Array, per_tensor: bool = False) -> tuple[Array, Array]:
     """s8 values in [-127, 127] and the f32 scale of each index of axis 0, or the one scale. Zeros stay zeros."""
-    w = weight.astype(np.float64)
-    scale = np.abs(w).max(axis=None if per_tensor else tuple(range(1, w.ndim)), initial=0.0) / 127
+    axes = None if per_tensor else tuple(range(1, weight.ndim))
+    scale = np.abs(weight).max(axis=axes, initial=0.0).astype(np.float64) / 127
     scale = np.where(scale < np.finfo(np.float32).tiny, 1.0, scale).astype(np.float32)
-    q = np.round(w / scale.astype(np.float64).reshape(-1, *[1] * (w.ndim - 1)))
-    return np.clip(q, -127, 127).astype(np.int8), scale
+    codes = np.empty(weight.shape, np.int8)
+    for rows in _blocks(weight):
+        q = np.round(weight[rows].astype(np.float64) / _of_rows(scale, rows, weight.ndim))
+        codes[rows] = np.clip(q, -127, 127)
+    return codes, scale
 
 
 def relative_error(weight: Array, codes: Array, scale: Array) -> float:
     """Squared error of codes and scales by output (or one for all) over the squared sum of the weight."""
-    w = weight.astype(np.float64)
-    real = codes * scale.astype(np.float64).reshape(-1, *[1] * (w.ndim - 1))
-    return float(np.square(w - real).sum() / max(float(np.square(w).sum()), 1e-300))
+    missed = total = 0.0
+    for rows in _blocks(weight):
+        w = weight[rows].astype(np.float64)
+        missed += float(np.square(w - codes[rows] * _of_rows(scale, rows, w.ndim)).sum())
+        total += float(np.square(w).sum())
+    return missed / max(total, 1e-300)
+
+
+def _blocks(weight: Array) -> list[slice]:
+    """Rows that fit a cache together in f64."""
+    if not weight.size:
+        return []
+    step = max(1, _BLOCK * len(weight) // weight.size)
+    return [slice(i, i + step) for i in range(0, len(weight), step)]
+
+
+def _of_rows(scale: Array, rows: slice, rank: int) -> Array:
+    """The scales of these rows, or the one scale, to go with them."""
+    some = scale.reshape(-1)[rows] if scale.size > 1 else scale
+    return some.astype(np.float64).reshape(-1, *[1] * (rank - 1))
 
 
 def codes_behind(graph: Graph, node: Node) -> Node | None:

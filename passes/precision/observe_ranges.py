@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
-from bitwright.ir.interpret import evaluate, to_torch
-from bitwright.passes._pass import Context, Pass
+from bitwright.ir.interpret import Observer, evaluate, to_torch
+from bitwright.passes._pass import Batch, Context, Pass
+from bitwright.passes._trace import Trace, compared, rows_of
 from bitwright.passes.precision._observe import Ranges
 from bitwright.passes.precision._statistics import keep_reference
 from bitwright.passes.sparsity._inputs import need_calibration
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,11 @@ class ObserveRanges(Pass):
             given = batch if isinstance(batch, Mapping) else dict(zip(names, batch, strict=False))
             for name, value in given.items():
                 seen.see(str(name), to_torch(value), count)
-            evaluate(graph, batch, observe=partial(seen.see, batch=count))
+            see = partial(seen.see, batch=count)
+            if count == 0:
+                self._first(graph, batch, see, context)
+            else:
+                evaluate(graph, batch, observe=see)
             count += 1
         ranges = seen.found(self.percentile, (1 << self.bits) - 1)
         if not ranges:
@@ -72,6 +80,16 @@ class ObserveRanges(Pass):
             context.facts[f"{self.per}-ranges"] = seen.found_parts(self.percentile, (1 << self.bits) - 1)
         context.remark(self.name, "model", values=len(ranges), batches=count)
         return graph
+
+    def _first(self, graph: Graph, batch: Batch, see: Observer, context: Context) -> None:
+        """Evaluate the first batch, and leave its trace for those who would evaluate it again."""
+        trace = context.trace = Trace(compared(graph), rows_of(batch))
+
+        def both(name: str, value: torch.Tensor) -> None:
+            see(name, value)
+            trace.see(name, value)
+
+        trace.outputs = evaluate(graph, batch, observe=both)
 
     def _also(self) -> tuple[int, ...]:
         """The widths of ``also``."""

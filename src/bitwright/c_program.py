@@ -152,7 +152,7 @@ def assemble_c(
     source = source_of(bound)
     nodes = source.graph.producers
     rows = [Row(nodes[c.outputs[0]], "c", "; ".join(c.forms) or "loops") for c in source.calls if c.outputs[0] in nodes]
-    errors = measure_layers(graph, done.quantized, calibration, done.context.calibration)
+    errors = measure_layers(graph, done.quantized, calibration, done.context)
     report = report_of(graph, target, rows, source.graph, done, errors)
     report.notes += notes
     report.figures = {

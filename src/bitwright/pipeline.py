@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class Lowered:
     diffs: dict[str, str]
     quantized: Graph | None
 
+    def settled(self) -> Lowered:
+        """With a complete report."""
+        return replace(self, report=self.report.settled())
+
 
 class _KeepBefore(Instrument):
     """Keeps the graph that a pass was given."""
@@ -57,9 +61,11 @@ def lower(
     dump: str | Path | None = None,
     progress: Callable[[str, float], None] | None = None,
     price: Price | None = None,
+    wait: bool = True,
 ) -> Lowered:
     """Run everything down to the kernel level; a graph of a lower level gets only what is left to do, of the recipe
-    its passes for the integer level. A recipe with ``lower-accumulators`` has decided on the accumulators."""
+    its passes for the integer level. A recipe with ``lower-accumulators`` has decided on the accumulators. Without
+    ``wait`` the report may still lack output errors (:meth:`Lowered.settled`)."""
     context = Context(target, calibration, progress, price)
     passes = parse_passes(recipe) if isinstance(recipe, str) else tuple(recipe)
     sums = () if any(isinstance(p, LowerAccumulators) for p in passes) else (LowerAccumulators(),)
@@ -71,5 +77,5 @@ def lower(
         pipeline = Pipeline((*late, *backend) if graph.level == "integer" else (), graph.level)
     diff, quantized = Diff(), _KeepBefore("lower-to-integer")
     instruments: list[Instrument] = [diff, quantized, *([Dump(Path(dump))] if dump else [])]
-    lowered, report = run_pipeline(graph, pipeline, context, instruments=instruments)
+    lowered, report = run_pipeline(graph, pipeline, context, instruments=instruments, wait=wait)
     return Lowered(lowered, report, context, dict(diff.diffs), quantized.graph)

@@ -18,6 +18,7 @@ import bitwright.codegen.tvm.generic_small_float
 from bitwright.codegen.tvm.generic_eval import RULES, Evaluator, memory
 from bitwright.codegen.tvm.generic_move import taps_of
 from bitwright.codegen.tvm.generic_nest import (
+    MIN_TASKS,
     after_is_pointwise,
     plan,
     run_nest,
@@ -53,6 +54,8 @@ class Generic(Template):
     """One costly operator of any kind (or none), with pointwise and shape operators around it."""
 
     name: ClassVar[str] = "generic"
+    spread: ClassVar[int] = MIN_TASKS
+    """A nest has so many tasks at least, where its shape has."""
 
     def configure(self, body: Graph, constants: Mapping[str, Array], target: Target) -> Config | Refused:
         """Takes every body whose shapes are static and that has one costly operator at most."""
@@ -64,7 +67,7 @@ class Generic(Template):
         args += [Arg("packed", i) for i in range(len(_tables(body)))]
         args += [Arg("output", i) for i in range(len(body.outputs))]
         return GenericConfig(
-            tasks=_tasks(body, root), scratch_bytes=_scratch(body, root), args=tuple(args), isa=target.isa,
+            tasks=_tasks(body, root, self.spread), scratch_bytes=_scratch(body, root), args=tuple(args), isa=target.isa,
             mcpu=target.mcpu, reason="scalar loops: no special kernel takes this body",
         )  # fmt: skip
 
@@ -74,19 +77,19 @@ class Generic(Template):
 
     def emit(self, body: Graph, config: Config, symbol: str) -> Any:
         """One nest per shape of output."""
-        b = Builder(symbol)
+        b = self.builder(config, symbol)
         pointers = {v.name: b.param(f"x{i}", memory(v.type.dtype), v.type.size) for i, v in enumerate(body.inputs)}
         tables = [b.param(f"t{i}", F64 if t.dtype == np.float64 else S32, t.size) for i, t in enumerate(_tables(body))]
         outs = [b.param(f"y{i}", memory(body.types[o].dtype), body.types[o].size) for i, o in enumerate(body.outputs)]
-        scratch = b.scratch(config.scratch_bytes) if config.scratch_bytes else None
+        scratch = self.scratch(b, config)
         ev = Evaluator(b, body, pointers, tables, scratch, config.isa, needs_exact(body))
         root = root_of(body)
         if root is not None and isinstance(root.op, SCATTERS):
-            run_scatter(ev, root, dict(zip(body.outputs, outs, strict=True)))
+            self.scatter(ev, root, dict(zip(body.outputs, outs, strict=True)))
             return b.finish()
         first, groups = 0, _groups(body)
         for shape, names in groups.items():
-            nest = plan(body, root, shape)
+            nest = plan(body, root, shape, self.spread)
             mine: dict[str, Pointer] = {n: outs[body.outputs.index(n)] for n in names}
             if root is not None and isinstance(root.op, ops.CumSum):
                 run_scan(ev, nest, root, mine)
@@ -96,6 +99,18 @@ class Generic(Template):
                 run_nest(ev, nest, root, mine, first if len(groups) > 1 else None)
             first += nest.tasks
         return b.finish()
+
+    def builder(self, config: Config, symbol: str) -> Builder:
+        """What the kernel is written with."""
+        return Builder(symbol)
+
+    def scratch(self, b: Builder, config: Config) -> Pointer | None:
+        """The running thread's scratch."""
+        return b.scratch(config.scratch_bytes) if config.scratch_bytes else None
+
+    def scatter(self, ev: Evaluator, root: Node, outputs: dict[str, Pointer]) -> None:
+        """A body around a scatter."""
+        run_scatter(ev, root, outputs)
 
 
 def root_of(body: Graph) -> Node | None:
@@ -138,10 +153,10 @@ def _groups(body: Graph) -> dict[tuple[int, ...], list[str]]:
     return groups
 
 
-def _tasks(body: Graph, root: Node | None) -> int:
+def _tasks(body: Graph, root: Node | None, spread: int) -> int:
     if root is not None and isinstance(root.op, SCATTERS):
         return 1
-    return max(sum(plan(body, root, shape).tasks for shape in _groups(body)), 1)
+    return max(sum(plan(body, root, shape, spread).tasks for shape in _groups(body)), 1)
 
 
 def _scratch(body: Graph, root: Node | None) -> int:

@@ -32,6 +32,8 @@ from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.types import BOOL, S32, S64
 
+MIN_TASKS = 16
+"""Outer loops become tasks until there are so many."""
 SELECT_UP_TO = 16
 """TopK with this many results scans once per result; above, it sorts."""
 
@@ -51,8 +53,13 @@ class Nest:
         return math.prod(e for _, e, _ in self.outer[: self.flat])
 
 
-def nest_of(shape: Sequence[int], inner: Sequence[int], split: dict[int, int] | None = None) -> Nest:
-    """Loops over ``shape`` with the axes ``inner`` inside; a split axis has its last positions inside."""
+def nest_of(
+    shape: Sequence[int], inner: Sequence[int], split: dict[int, int] | None = None, spread: int = MIN_TASKS
+) -> Nest:
+    """Loops over ``shape`` with the axes ``inner`` inside; a split axis has its last positions inside.
+
+    ``spread``: outer loops are tasks until there are so many (more than :data:`MIN_TASKS`: all that it takes).
+    """
     outer, inside = [], []
     for axis, n in enumerate(shape):
         if split and axis in split and n:
@@ -64,27 +71,27 @@ def nest_of(shape: Sequence[int], inner: Sequence[int], split: dict[int, int] | 
             outer.append((axis, n, 1))
     flat, tasks = 0, 1
     for k, (_, n, _) in enumerate(outer):
-        innermost = k == len(outer) - 1 and not inside
-        if tasks >= (2 if innermost else 16):
+        innermost = k == len(outer) - 1 and not inside and spread == MIN_TASKS
+        if tasks >= (2 if innermost else spread):
             break
         flat, tasks = k + 1, tasks * n
     return Nest(tuple(shape), tuple(outer), tuple(inside), flat)
 
 
-def plan(body: Graph, root: Node | None, shape: tuple[int, ...]) -> Nest:
+def plan(body: Graph, root: Node | None, shape: tuple[int, ...], spread: int = MIN_TASKS) -> Nest:
     """The nest for the outputs of ``shape`` when ``root`` is the body's one costly operator."""
     if root is None or not after_is_pointwise(body, root):
-        return nest_of(shape, ())
+        return nest_of(shape, (), None, spread)
     mine = body.types[root.output].static_shape
     row = ROWS[type(root.op)][0](root.op, _row_shape(body, root)) if type(root.op) in ROWS else Row(())
     if isinstance(root.op, (ops.CumSum, ops.TopK)):
         row = Row((root.op.axis % len(mine),) if mine else ())
     shift = len(shape) - len(mine)
     if shift < 0:
-        return nest_of(shape, ())
+        return nest_of(shape, (), None, spread)
     fixed = {a + shift for a, n in enumerate(mine) if n == shape[a + shift] and n != 1 and a not in row.inner}
     inner = [a for a in range(len(shape)) if a not in fixed and shape[a] != 1]
-    return nest_of(shape, inner, {a + shift: n for a, n in row.split.items() if a + shift in fixed})
+    return nest_of(shape, inner, {a + shift: n for a, n in row.split.items() if a + shift in fixed}, spread)
 
 
 def _row_shape(body: Graph, root: Node) -> tuple[int, ...]:
@@ -290,16 +297,17 @@ def _scatter(ev: Evaluator, root: Node, target: Pointer, index: str, updates: st
         with ev.loops(many[:-1]) as at:
             lead = [ev.integer(index, (*at, k), shape[k]) for k in range(many[-1])]
             with ev.loops(shape[many[-1] :]) as tail:
-                _update(ev, root, target, flatten((*lead, *tail), shape), ev.at(updates, (*at, *tail)))
+                update(ev, root, target, flatten((*lead, *tail), shape), ev.at(updates, (*at, *tail)))
         return
     axis = root.op.axis % len(shape)  # type: ignore[attr-defined]
     with ev.loops(many) as at:
         place = list(at)
         place[axis] = ev.integer(index, tuple(at), shape[axis])
-        _update(ev, root, target, flatten(place, shape), ev.at(updates, tuple(at)))
+        update(ev, root, target, flatten(place, shape), ev.at(updates, tuple(at)))
 
 
-def _update(ev: Evaluator, root: Node, target: Pointer, at: Index, new: Vec) -> None:
+def update(ev: Evaluator, root: Node, target: Pointer, at: Index, new: Vec) -> None:
+    """One update of a scatter at a position of the target."""
     how, dtype = root.op.reduction, ev.dtype(root.output)  # type: ignore[attr-defined]
     if how != "none":
         kind = S32 if dtype == BOOL else work(dtype)

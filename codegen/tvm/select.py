@@ -11,6 +11,7 @@ from bitwright.codegen.cache import key_of
 from bitwright.codegen.targets.machine import cpu_name
 from bitwright.codegen.tuning.space import Point, Records
 from bitwright.codegen.tuning.workload import target_key, workload_key
+from bitwright.codegen.tvm.cuda.registry import templates as gpu_templates
 from bitwright.codegen.tvm.template import Config, Refused, Template, canonical
 from bitwright.ir.graph import Graph
 from bitwright.ir.target import Target
@@ -46,7 +47,7 @@ class Order:
 
 @cache
 def templates() -> dict[str, Template]:
-    """Every kernel template by name."""
+    """Every kernel template of CPUs by name."""
     from bitwright.codegen.tvm.attention import AttentionTemplate
     from bitwright.codegen.tvm.attention_decode import Decode
     from bitwright.codegen.tvm.contract_template import Contract
@@ -68,6 +69,16 @@ def templates() -> dict[str, Template]:
     return {t.name: t for t in known}
 
 
+def offered(target: Target) -> dict[str, Template]:
+    """The templates whose kernels run on ``target``, in order of preference."""
+    return gpu_templates() if target.kind == "gpu" else templates()
+
+
+def template_of(name: str) -> Template:
+    """The template of this name, of whatever kind of target. Raises :class:`KeyError` where there is none."""
+    return (gpu_templates() if name.startswith("cuda_") else templates())[name]
+
+
 @cache
 def version() -> str:
     """Hash of the code generator's own source: a change of it makes every cached kernel stale."""
@@ -76,6 +87,7 @@ def version() -> str:
     folder = Path(__file__).parent
     parts = [p.read_bytes() for p in sorted(folder.rglob("*.py"))]
     parts += [p.read_bytes() for p in sorted((folder.parent / "instructions").glob("*.py"))]
+    parts += [p.read_bytes() for p in sorted((folder.parent / "cuda").rglob("*")) if p.suffix in (".py", ".h")]
     return key_of(tvm.__version__, *parts)
 
 
@@ -91,7 +103,7 @@ def choose(
     if records is not None and (tuned := _recorded(plain, renamed, target, records)) is not None:
         return tuned
     refused: list[tuple[str, str]] = []
-    for name, template in templates().items():
+    for name, template in offered(target).items():
         config = template.configure(plain, renamed, target)
         if not isinstance(config, Refused):
             return _choice(plain, renamed, name, config, tuple(refused))
@@ -110,9 +122,9 @@ def candidate(
     plain: Graph, constants: Mapping[str, Array], target: Target, template: str, point: Point
 ) -> Choice | Refused:
     """The kernel that ``template`` makes of a canonical body at a point of its space, or why it makes none."""
-    if template not in templates():
+    if template not in offered(target):
         return Refused(f"there is no template {template}")
-    chosen = templates()[template]
+    chosen = template_of(template)
     if point and (why := chosen.space(plain, constants, target).why_not(point)):
         return Refused(why)
     config = chosen.at(plain, constants, target, point)
@@ -138,7 +150,7 @@ def _choice(
     refused: tuple[tuple[str, str], ...],
 ) -> Choice:
     """Pack, prove that the packed constants are the constants, and name the kernel by its content."""
-    template = templates()[name]
+    template = template_of(name)
     packed = tuple(template.pack(plain, config, constants))
     if why := template.verify(plain, config, constants, list(packed)):
         raise AssertionError(f"{name}: {why}")
@@ -151,5 +163,5 @@ def compile_order(order: Order) -> bytes:
     """Emit and compile one kernel: the object file's bytes. Runs in compile workers."""
     from bitwright.codegen.tvm.adapter import build_object, machine
 
-    func = templates()[order.template].emit(order.body, order.config, order.symbol)
+    func = template_of(order.template).emit(order.body, order.config, order.symbol)
     return build_object([func], machine(order.config.mcpu))

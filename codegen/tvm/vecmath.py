@@ -18,6 +18,10 @@ from bitwright.codegen.tvm.tir import Builder, Condition, Vec, const, intrinsic,
 from bitwright.ir.types import F32, F64, S32, S64, DType
 
 INF = float("inf")
+_CUDA = {
+    "llvm.fabs": "fabs", "llvm.copysign": "copysign", "llvm.sqrt": "sqrt", "llvm.roundeven": "rint",
+    "llvm.floor": "floor", "llvm.ceil": "ceil", "llvm.trunc": "trunc",
+}  # fmt: skip
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _EXP = (0.4999999403953552, 0.1666651964187622, 0.04166840761899948, 0.00836889911442995, 0.0013814219273626804)
@@ -96,8 +100,10 @@ class VecMath:
         return keep(self.b, x)
 
     def call(self, name: str, *args: Vec) -> Vec:
-        """An LLVM intrinsic overloaded on its operands' type."""
+        """An LLVM intrinsic overloaded on its operands' type; in CUDA C++ the function that computes the same."""
         x = args[0]
+        if self.isa == "cuda":
+            return self.libm(_CUDA[name], *args)
         return intrinsic(llvm_name(name, x.dtype, x.lanes), x.dtype, x.lanes, *args)
 
     def libm(self, name: str, *args: Vec) -> Vec:
@@ -114,14 +120,19 @@ class VecMath:
 
     def fence(self, x: Vec) -> Vec:
         """The value as it is, rounded: a product behind it is not contracted into a fused multiply-add."""
-        return self.call("llvm.arithmetic.fence", x)
+        return self.call("llvm.arithmetic.fence", x) if self.isa != "cuda" else x  # compiled without contraction
 
     def number(self, x: Vec) -> Condition:
         """True where ``x`` is not NaN."""
         x = self.keep(x)
+        if self.isa == "cuda":
+            top, inf = (0x7FFFFFFF, 0x7F800000) if x.dtype == F32 else ((1 << 63) - 1, 0x7FF << 52)
+            return (x.bits(S32 if x.dtype == F32 else S64) & top).le(inf)
         return x.eq(self.fence(x))
 
     def nan(self, like: Vec) -> Vec:
+        if self.isa == "cuda":
+            return const(float("nan"), like.dtype, like.lanes)
         bits = const(0x7FC00000, S32, like.lanes) if like.dtype == F32 else const(0x7FF8 << 48, S64, like.lanes)
         return bits.bits(like.dtype)
 

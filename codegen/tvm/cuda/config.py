@@ -11,10 +11,12 @@ from bitwright.codegen.tvm.template import Config
 class CudaConfig(Config):
     """``scratch_bytes`` is memory of the device, zero before the first launch; the kernel leaves it zero.
 
-    The order of pointers is ``args``, then the scratch. ``arch``: 80, 89 or 90 with ``wgmma`` (sm_90a).
+    ``work_bytes``: memory that holds anything before and after. The order of pointers is ``args``, then the scratch,
+    then the work memory. ``arch``: 80, 89 or 90 with ``wgmma`` (sm_90a).
     """
 
     isa: str = "cuda"
+    work_bytes: int = 0
     arch: int = 80
     threads: int = 128
     grid: tuple[int, int, int] = (1, 1, 1)

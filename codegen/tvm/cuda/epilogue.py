@@ -31,7 +31,7 @@ class Epilogue:
 
     def store(self, index: Sequence[Index], value: Vec) -> None:
         """The outputs at ``index``, of the root's ``value`` there (of the accumulator's format or the result's)."""
-        ev = Evaluator(self.b, self.body, dict(self.inputs), isa="portable", exact=needs_exact(self.body))
+        ev = Evaluator(self.b, self.body, dict(self.inputs), isa="cuda", exact=needs_exact(self.body))
         at = tuple(index)
         with ev.layer():
             ev.fix(self.root.output, self.b.let(convert(value, ev.dtype(self.root.output))))

@@ -1,0 +1,16 @@
+"""The kernel templates of GPU targets, in order of preference; the last one takes everything."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from bitwright.codegen.tvm.template import Template
+
+
+@cache
+def templates() -> dict[str, Template]:
+    """Every GPU template by name."""
+    from bitwright.codegen.tvm.cuda.generic import CudaGeneric
+
+    known: tuple[Template, ...] = (CudaGeneric(),)
+    return {t.name: t for t in known}

@@ -29,6 +29,12 @@ static inline uint16_t bw_float_to_bf16(float f) {
   if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)((u >> 16) | 0x40);
   return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
+static inline float bw_e4m3_to_float(unsigned char c) {  // no infinities; all bits of the rest set: NaN
+  unsigned sign = (unsigned)(c & 0x80) << 24, e = (c >> 3) & 15, m = c & 7;
+  if (e == 15 && m == 7) return bw_bits_float(sign | 0x7fc00000);
+  if (e == 0) { float f = (float)m * 0x1p-9f; return sign ? -f : f; }
+  return bw_bits_float(sign | ((e + 120) << 23) | (m << 20));
+}
 #define CUDART_INF_F INFINITY
 #define CUDART_NAN_F NAN
 #define CUDART_INF ((double)INFINITY)

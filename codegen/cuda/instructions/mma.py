@@ -15,12 +15,13 @@ from bitwright.codegen.cuda.instructions import Instruction
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """Number formats of a tensor-core product: PTX's names, how the emulator reads an element of bytes, its size."""
+    """Number formats of a tensor-core product: PTX's names, size, how the emulator reads an element of a and of b."""
 
     name: str
     ptx: str
     size: int
-    read: str
+    left: str
+    right: str
     sum: str
     """C++ type of the accumulator."""
     arch: int = 80
@@ -31,17 +32,20 @@ class Operands:
         return 32 // self.size
 
 
+_HALF, _BRAIN = "bw_half_to_float(*(const uint16_t*)p)", "bw_bits_float((uint32_t)*(const uint16_t*)p << 16)"
+_SIGNED, _UNSIGNED, _E4M3 = "(int)*(const signed char*)p", "(int)*p", "bw_e4m3_to_float(*p)"
 OPERANDS = (
-    Operands("f16", "f32.f16.f16.f32", 2, "bw_half_to_float(*(const uint16_t*)p)", "float"),
-    Operands("bf16", "f32.bf16.bf16.f32", 2, "bw_bits_float((uint32_t)*(const uint16_t*)p << 16)", "float"),
-    Operands("s8", "s32.s8.s8.s32", 1, "(int)*(const signed char*)p", "int"),
-    Operands("u8s8", "s32.u8.s8.s32", 1, "(int)*(const signed char*)p", "int"),
-    Operands("e4m3", "f32.e4m3.e4m3.f32", 1, "bw_e4m3_to_float(*p)", "float", arch=89),
+    Operands("f16", "f32.f16.f16.f32", 2, _HALF, _HALF, "float"),
+    Operands("bf16", "f32.bf16.bf16.f32", 2, _BRAIN, _BRAIN, "float"),
+    Operands("s8", "s32.s8.s8.s32", 1, _SIGNED, _SIGNED, "int"),
+    Operands("u8s8", "s32.u8.s8.s32", 1, _UNSIGNED, _SIGNED, "int"),
+    Operands("s8u8", "s32.s8.u8.s32", 1, _SIGNED, _UNSIGNED, "int"),
+    Operands("e4m3", "f32.e4m3.e4m3.f32", 1, _E4M3, _E4M3, "float", arch=89),
 )
 
 
 def instructions() -> Iterator[Instruction]:
-    """``bw_mma_f16``, ``_bf16``, ``_s8``, ``_u8s8`` (a is unsigned), ``_e4m3``."""
+    """``bw_mma_f16``, ``_bf16``, ``_s8``, ``_u8s8`` (a is unsigned), ``_s8u8`` (b is), ``_e4m3``."""
     for o in OPERANDS:
         yield _mma(o)
 
@@ -51,7 +55,6 @@ def _mma(o: Operands) -> Instruction:
     ds = ", ".join(f'"{code}"(d[{i}])' for i in range(4))
     rs = ", ".join([f'"r"(a[{i}])' for i in range(4)] + [f'"r"(b[{i}])' for i in range(2)])
     wide = "double" if o.sum == "float" else "unsigned"
-    first = "(int)*p" if o.name == "u8s8" else o.read
     return Instruction(
         name,
         f"""static __device__ __forceinline__ void {name}({o.sum}* d, const unsigned* a, const unsigned* b) {{
@@ -69,11 +72,11 @@ def _mma(o: Operands) -> Instruction:
         for (int e = 0; e < {4 // o.size}; e++) {{
           int k = i / 2 * {o.k // 2} + l % 4 * {4 // o.size} + e;
           const unsigned char* p = (const unsigned char*)&in[l].a[i] + e * {o.size};
-          A[l / 4 + 8 * (i % 2)][k] = ({wide}){first};
+          A[l / 4 + 8 * (i % 2)][k] = ({wide}){o.left};
           if (i >= 2) continue;
           k = i * {o.k // 2} + l % 4 * {4 // o.size} + e;
           p = (const unsigned char*)&in[l].b[i] + e * {o.size};
-          B[l / 4][k] = ({wide}){o.read};
+          B[l / 4][k] = ({wide}){o.right};
         }}
     for (int l = 0; l < 32; l++)
       for (int i = 0; i < 4; i++) {{

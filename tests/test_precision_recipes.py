@@ -78,7 +78,7 @@ def test_budgets_hold_and_the_program_is_verified(folder: Path, recipe: str, bud
     assert sum(x.figure("loss_share") or 0.0 for x in told) == pytest.approx(1.0)
     assert not [r for r in program.report.refusals if r.pass_name == "lower-to-integer"]
     if kind == "size":
-        assert {x.formats.x for x in told} == {"u8"}
+        assert sum(x.formats.x == "u8" for x in told) >= 3  # there may be room for a small layer in f32
     with np.load(folder / "one.npz") as one:
         compared = bw.verify(program, folder / "net.onnx", dict(one), calibration=folder / "data.npz")
     assert compared.first_bad == ""

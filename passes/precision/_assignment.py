@@ -17,11 +17,13 @@ from bitwright.ir.work import macs
 from bitwright.passes._layers import layer_of, selected
 from bitwright.passes._pass import Context
 from bitwright.passes.precision._choices import Choice, choices_of
+from bitwright.passes.precision._held_out import Split, held_out
 from bitwright.passes.precision._sensitivity import by_curvature, measured
 from bitwright.passes.precision.allocation import Allocation, allocate, pareto
 from bitwright.passes.precision.quantize_int8 import QuantizeInt8
 
 if TYPE_CHECKING:
+    from bitwright.passes.precision._checked import Checked
     from bitwright.passes.precision.assign_precision import AssignPrecision
     from bitwright.passes.sparsity.masks import Pattern
 
@@ -63,17 +65,16 @@ class Problem:
         def allowed(layer: str, choice: Choice) -> bool:
             return layer in fits[choice] and _end_allows(layer, choice, layers, p)
 
-        # learning every layer in every choice would take longer than all that follows; GPTQ comes near it
-        quick = replace(p, rounding="gptq") if p.rounding in ("adaround", "adaquant") else p
+        split, quick, evidence = fitted(context, graph, p), like(p), "curvature"
+        fit = Context(context.target, split.fit, facts=context.facts, price=context.price)
 
         def apply(layer: str, choice: Choice) -> Graph:
-            return apply_choice(graph, _scratch(context), quick, {layer: str(choice)})
+            return apply_choice(graph, _scratch(fit), quick, {layer: str(choice)})
 
-        given, evidence = len(context.calibration), "curvature"
         if p.sensitivity == "measured":
-            at_once = _AllAtOnce(graph, context, quick, nodes, choices, allowed)
-            rows, took = measured(graph, context, nodes, choices, at_once, apply, p.metric, allowed)
-            evidence = f"measured on {took} of {given} batches"
+            at_once = _AllAtOnce(graph, fit, quick, nodes, choices, allowed)
+            rows, took = measured(graph, context, nodes, choices, at_once, apply, p.metric, allowed, split.judge)
+            evidence = f"measured on {took} of {len(split.judge)} batches of {split}"
         else:
             rows = by_curvature(graph, context, layers, choices, apply, allowed)
         ties = _residual_ties(graph, layers) if p.ties == "residual" else ()
@@ -105,15 +106,21 @@ class Problem:
             evidence,
         )
 
-    def solve(self) -> Allocation:
-        """The best allocation, its columns numbered as ``choices``."""
+    def solve(self, able: Callable[[int], bool] | None = None) -> Allocation:
+        """The best allocation, its columns numbered as ``choices``; of those ``able`` alone, where layers take any."""
         minimise = "cost" if self.by_loss else "loss"
+        rows = [[k for k, j in enumerate(row) if able is None or able(j)] for row in self.columns]
+        rows = [kept or list(range(len(row))) for kept, row in zip(rows, self.columns, strict=True)]
+        losses, costs = (
+            [[row[k] for k in kept] for row, kept in zip(table, rows, strict=True)]
+            for table in (self.losses, self.costs)
+        )
         try:
-            plan = allocate(self.losses, self.costs, self.budget, self.ties, minimise, self.time_limit)  # type: ignore[arg-type]
+            plan = allocate(losses, costs, self.budget, self.ties, minimise, self.time_limit)  # type: ignore[arg-type]
         except InvalidInput as e:
             unit = "loss" if self.by_loss else f"{self.kind}, as a share of float"
             raise InvalidInput(f"assign-precision: budget {self.budget:g} ({unit}): {e}") from e
-        choice = tuple(able[c] for able, c in zip(self.columns, plan.choice, strict=True))
+        choice = tuple(row[kept[c]] for row, kept, c in zip(self.columns, rows, plan.choice, strict=True))
         return Allocation(choice, plan.loss, plan.cost, plan.bound, plan.gap, plan.budget, plan.minimise)
 
     def front(self, points: int) -> list[tuple[float, float]]:
@@ -137,6 +144,17 @@ def parse_budget(text: str) -> tuple[str, float, str]:
             f"loss= with a number above zero, not {text!r}"
         )
     return m[1], value * UNITS[m[3] or ""], m[3] or ""
+
+
+def fitted(context: Context, graph: Graph, p: AssignPrecision) -> Split:
+    """The calibration data that layers are fitted to while choices are compared, and those that compare them."""
+    return held_out(graph, context.calibration)
+
+
+def like(p: AssignPrecision) -> AssignPrecision:
+    """What stands for ``p`` while choices are compared: learning every layer in every choice would take longer than
+    all that follows, and GPTQ comes near it."""
+    return replace(p, rounding="gptq") if p.rounding in ("adaround", "adaquant") else p
 
 
 def apply_choice(graph: Graph, context: Context, p: AssignPrecision, plan: Mapping[str, str]) -> Graph:
@@ -190,8 +208,9 @@ class _AllAtOnce:
         return graph, _scratch(context)
 
 
-def report(problem: Problem, plan: Allocation, context: Context, p: AssignPrecision) -> None:
+def report(problem: Problem, checked: Checked, context: Context, p: AssignPrecision) -> None:
     """A remark per layer, why it got what it got, and one for the model."""
+    plan = checked.plan
     for i, layer in enumerate(problem.layers):
         able = problem.columns[i]
         told = [
@@ -211,7 +230,8 @@ def report(problem: Problem, plan: Allocation, context: Context, p: AssignPrecis
     }  # fmt: skip
     context.remark(
         p.name, "model", budget=p.budget, cost_of=problem.kind, cost=plan.cost, loss=plan.loss, bound=plan.bound,
-        gap=plan.gap, float_cost=problem.whole, prices=problem.source, losses=problem.evidence, front=front,
+        gap=plan.gap, float_cost=problem.whole, prices=problem.source, losses=problem.evidence,
+        measured_loss=checked.loss, plans=str(checked), front=front,
     )  # fmt: skip
 
 

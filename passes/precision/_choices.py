@@ -109,9 +109,10 @@ def choices_of(text: str, target: Target | None) -> tuple[Choice, ...]:
     if target is not None:
         if not target.rate(target.activation, S8):
             formats = formats[:1]
+        dense = formats[-2:]  # no patterns in f32 where integers run: those are smaller, faster and nearer
         for pattern in PATTERNS:
-            for c in formats[: len(DENSE)]:
+            for c in dense:
                 kind = F32 if c.bits == 32 else target.activation
-                if c.pattern is None and target.sparse_gain(kind, pattern.along(1)) > 1.05:
+                if target.sparse_gain(kind, pattern.along(1)) > 1.05:
                     formats.append(Choice(c.bits, pattern))
     return tuple(formats)

@@ -59,9 +59,10 @@ def measured(
     apply: Apply,
     loss: str,
     allowed: Callable[[str, Choice], bool],
+    judge: Sequence[Batch],
 ) -> tuple[list[list[float]], int]:
-    """Loss of the model on calibration data with one layer at a time changed, infinite where not ``allowed``, and the
-    number of batches it was taken on: as many as :data:`EFFORT` lets.
+    """Loss of the model on the batches ``judge`` with one layer at a time changed, infinite where not ``allowed``, and
+    the number of batches it was taken on: as many as :data:`EFFORT` lets.
 
     ``whole`` gives the graph with all layers changed, each as if it were the only one, ``apply`` that with one changed.
     """
@@ -82,7 +83,7 @@ def measured(
                 found = {x: body_of(graph, alone, x, through=True) for x in found}
             bodies[i, j] = {x: b for x, b in found.items() if b is not None}
     first = [nodes[0].output for nodes in layers.values()]
-    apart, batches = Apart(graph, tuple(bodies.values())), _few(graph, context.calibration, len(bodies))
+    apart, batches = Apart(graph, tuple(bodies.values())), few(graph, judge, len(bodies))
     for number, batch in enumerate(batches):
 
         def changes(value: str, number: int = number) -> list[tuple[Any, Bodies]]:
@@ -103,7 +104,7 @@ def _tell(context: Context, what: str, share: float) -> None:
         context.progress(what, share)
 
 
-def _few(graph: Graph, batches: Sequence[Batch], runs: int) -> list[Batch]:
+def few(graph: Graph, batches: Sequence[Batch], runs: int) -> list[Batch]:
     """The first batches, as many as ``runs`` halves of the model can be computed on within :data:`EFFORT`; one at
     least."""
     chosen, left = list[Batch](), EFFORT

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitwright.ir.types import NM, Block, Codebook, Encoding, Unstructured
 from bitwright.ir.weights import Array
@@ -123,3 +126,11 @@ def kept_magnitude(before: Array, after: Array) -> float:
     """Sum of |after| over sum of |before|."""
     total = float(np.abs(before.astype(np.float64)).sum())
     return float(np.abs(after.astype(np.float64)).sum()) / total if total else 1.0
+
+
+@cache
+def transposable_patterns() -> NDArray[np.bool_]:
+    """[90, 4, 4]: the 2:4 masks of a 4x4 block with two kept in every row and column, in the order of their numbers."""
+    pairs = list(itertools.combinations(range(4), 2))
+    grids = (np.array([[j in pair for j in range(4)] for pair in rows]) for rows in itertools.product(pairs, repeat=4))
+    return np.stack([g for g in grids if (g.sum(0) == 2).all()])

@@ -7,12 +7,13 @@ transpose are derived from the patterns; they are an eighth of the dense weight 
 
 from __future__ import annotations
 
-import itertools
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bitwright.ir.patterns import transposable_patterns
 
 Words = NDArray[np.uint32]
 ROWS, DEPTH = 16, 64
@@ -20,19 +21,11 @@ ROWS, DEPTH = 16, 64
 
 
 @cache
-def patterns() -> NDArray[np.bool_]:
-    """[90, 4, 4]: the patterns with two in every line, in the order of their numbers."""
-    pairs = list(itertools.combinations(range(4), 2))
-    grids = (np.array([[j in pair for j in range(4)] for pair in rows]) for rows in itertools.product(pairs, repeat=4))
-    return np.stack([g for g in grids if (g.sum(0) == 2).all()])
-
-
-@cache
 def column_places() -> NDArray[np.uint8]:
     """[90, 4]: of each column, the places of its two values among the block's eight, the upper one in bits 0 to 2,
     the lower one in bits 3 to 5."""
-    out = np.zeros((len(patterns()), 4), np.uint8)
-    for code, grid in enumerate(patterns()):
+    out = np.zeros((len(transposable_patterns()), 4), np.uint8)
+    for code, grid in enumerate(transposable_patterns()):
         number = np.cumsum(grid.reshape(-1)).reshape(4, 4) - 1
         for column in range(4):
             upper, lower = number[grid[:, column], column]
@@ -43,7 +36,7 @@ def column_places() -> NDArray[np.uint8]:
 @cache
 def _nibbles(transposed: bool) -> NDArray[np.uint32]:
     """[90, 4]: metadata of each row (column if ``transposed``) of a pattern: two places of 2 bits, ascending."""
-    grids = patterns().transpose(0, 2, 1) if transposed else patterns()
+    grids = transposable_patterns().transpose(0, 2, 1) if transposed else transposable_patterns()
     places = np.nonzero(grids)[2].reshape(len(grids), 4, 2)
     return (places[:, :, 0] | places[:, :, 1] << 2).astype(np.uint32)
 

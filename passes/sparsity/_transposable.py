@@ -6,12 +6,12 @@ All solvers take blocks [blocks, rows, columns] of magnitudes, and how many each
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from bitwright.ir.errors import InvalidInput
+from bitwright.ir.patterns import transposable_patterns
 from bitwright.ir.types import NM
 from bitwright.passes.sparsity._magnitude import floats, share
 
@@ -86,13 +86,7 @@ def _ninety() -> torch.Tensor:
     """The 4x4 patterns with two in every line, as rows of 16."""
     import torch
 
-    pairs = list(itertools.combinations(range(4), 2))
-    found = [
-        [float(j in pair) for pair in rows for j in range(4)]
-        for rows in itertools.product(pairs, repeat=4)
-        if all(sum(j in pair for pair in rows) == 2 for j in range(4))
-    ]
-    return torch.tensor(found)
+    return torch.from_numpy(transposable_patterns().reshape(-1, 16)).float()
 
 
 def greedy(score: torch.Tensor, across: int, down: int) -> torch.Tensor:

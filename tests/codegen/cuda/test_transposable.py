@@ -6,14 +6,14 @@ import torch
 
 from bitwright.codegen.cuda.emulator import run_guarded
 from bitwright.codegen.cuda.machine_code import compile_cuda, sass
-from bitwright.codegen.cuda.transposable import column_places, metadata, patterns
+from bitwright.codegen.cuda.transposable import column_places, metadata
 from bitwright.codegen.tvm.cuda.builder import launch_of
 from bitwright.codegen.tvm.cuda.source import cuda_source
 from bitwright.codegen.tvm.cuda.transposable import Product, emit
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.types import BF16, F16, F32
 from bitwright.ir.weights import Array
-from bitwright.passes.sparsity._transposable import _ninety, transposable_mask
+from bitwright.passes.sparsity._transposable import transposable_mask
 from bitwright.sparse_linear import TransposableWeight
 
 TORCH = {F16: torch.float16, BF16: torch.bfloat16}
@@ -46,10 +46,6 @@ def run(p: Product, seed: int, order: int = 1) -> tuple[torch.Tensor, torch.Tens
     got = torch.from_numpy(out.view(np.int16)).view(TORCH[p.dtype]).double()
     want = x.double() @ (w.double() if p.by_columns else w.double().T) + (bias.double() if p.bias else 0.0)
     return got, want
-
-
-def test_patterns_have_the_numbers_of_the_packer() -> None:
-    assert (patterns().reshape(90, 16) == _ninety().numpy().astype(bool)).all()
 
 
 @pytest.mark.parametrize("by_columns", [False, True])

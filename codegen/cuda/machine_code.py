@@ -31,10 +31,17 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A cubin for one architecture, and its kernels' resources by name."""
+    """A cubin for one architecture, its kernels' resources by name, and what the assembler warns of or advises."""
 
     cubin: bytes
     resources: dict[str, Resources]
+    warnings: tuple[str, ...] = ()
+
+
+def require_compiler() -> None:
+    """Raise :class:`InvalidInput` that says what to install where NVRTC or CUDA's headers are missing."""
+    _nvrtc()
+    _includes()
 
 
 def compile_cuda(text: str, arch: str) -> Compiled:
@@ -56,7 +63,7 @@ def compile_cuda(text: str, arch: str) -> Compiled:
         nvrtc.nvrtcGetCUBIN(program, cubin)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return Compiled(cubin, _resources(log))
+    return Compiled(cubin, _resources(log), _warnings(log))
 
 
 def _text(size_of: Any, get: Any, program: Any) -> str:
@@ -96,6 +103,15 @@ def _resources(log: str) -> dict[str, Resources]:
         name: Resources(int(registers), int(stack), int(stores), int(loads))
         for name, stack, stores, loads, registers in _ENTRY.findall(log)
     }
+
+
+def _warnings(log: str) -> tuple[str, ...]:
+    r"""Lines in which ptxas warns or advises: wgmma that it serializes, ``setmaxnreg`` that it ignores.
+
+    >>> _warnings("ptxas info    : Used 8 registers\nptxas info    : (C7510) Potential Performance Loss: wgmma ..")
+    ('ptxas info    : (C7510) Potential Performance Loss: wgmma ..',)
+    """
+    return tuple(x for x in log.splitlines() if "warning" in x or re.search(r"\(C\d+\)|Performance Loss", x))
 
 
 def sass(cubin: bytes) -> str:

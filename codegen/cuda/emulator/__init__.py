@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bitwright.codegen.cache import default_directory
-from bitwright.codegen.cuda.instructions import prelude
+from bitwright.codegen.cuda.instructions import prelude, used
 from bitwright.ir.errors import BitwrightError, InvalidInput
 from bitwright.ir.weights import Array
 
@@ -92,7 +92,8 @@ def run_guarded(
 
 
 def _unit(text: str, names: Sequence[str]) -> str:
-    parts = ['#include "emulator.h"', '#include "types.h"', prelude(text, emulated=True), text]
+    heads = ["emulator.h", "types.h"] + (["hopper.h"] if any(i.arch >= 90 for i in used(text)) else [])
+    parts = [*(f'#include "{h}"' for h in heads), prelude(text, emulated=True), text]
     for name in names:
         parts.append(
             f"static void call_{name}(void** a) {{ bw::apply({name}, a); }}\n"
@@ -112,7 +113,7 @@ def _folder() -> Path:
 def _compiled(text: str, names: tuple[str, ...]) -> Path:
     """The shared library of a text, from the cache where it was compiled before."""
     unit = _unit(text, names)
-    headers = b"".join((_HERE / f).read_bytes() for f in ("emulator.h", "types.h"))
+    headers = b"".join((_HERE / f).read_bytes() for f in ("emulator.h", "types.h", "hopper.h"))
     key = hashlib.blake2b(unit.encode() + headers + " ".join(_FLAGS).encode(), digest_size=16).hexdigest()
     made = _folder() / f"{key}.so"
     if made.exists():

@@ -37,7 +37,7 @@ def instructions() -> Iterator[Instruction]:
   if (((uintptr_t)to | (uintptr_t)(valid ? from : to)) % {size}) bw::fail("cp.async of an unaligned address");
   bw::shared_address(to);
   if (valid) (void)*(volatile const char*)from, (void)*((volatile const char*)from + valid - 1);
-  bw::self->pending.push_back([=] {{ memset(to, 0, {size}); memcpy(to, from, valid); }});
+  bw::self->pending.push_back([=] {{ memset(to, 0, {size}); memcpy(to, from, valid); bw::staged(to, {size}); }});
 }}""",
             sass=r"LDGSTS\.",
         )

@@ -32,6 +32,7 @@ class CudaBuilder(Builder):
     grid: tuple[int, int, int] = (1, 1, 1)
     threads: int = 128
     tasks: int = 0
+    min_blocks: int = 0
     begin: Index = 0
     end: Index = 0
     shared_bytes: int = 0
@@ -132,7 +133,7 @@ class CudaBuilder(Builder):
         launch = [*self.grid, self.threads, self.shared_bytes]
         attributes = {
             "global_symbol": self.name, "calling_conv": 2, "tirx.is_global_func": True, "tirx.noalias": True,
-            "s_tir": True, "bitwright.launch": launch,
+            "s_tir": True, "bitwright.launch": launch, "bitwright.min_blocks": self.min_blocks,
         }  # fmt: skip
         for key, value in attributes.items():
             function = function.with_attr(key, value)

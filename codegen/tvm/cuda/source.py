@@ -6,6 +6,7 @@ The text names functions and types that a prelude must define: ``codegen/cuda/de
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -35,4 +36,7 @@ def cuda_source(function: Any) -> str:
     module = tvm.IRModule({named: function.with_attr("target", _target())})
     module = compilation_pipeline.finalize_device_passes()(_passes()(module))
     text = str(tvm.get_global_func("target.build.cuda")(module, _target()).inspect_source())
-    return text[text.index(_MARK) :]
+    text = text[text.index(_MARK) :].replace("__align__(128) uchar shared_ptr", "__align__(1024) uchar shared_ptr")
+    if blocks := int(function.attrs.get("bitwright.min_blocks", 0)):
+        text = re.sub(r"__launch_bounds__\((\d+)\)", rf"__launch_bounds__(\1, {blocks})", text)
+    return text

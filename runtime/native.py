@@ -29,6 +29,7 @@ _NAMES = {
     "pclmulqdq": "pclmul", "shani": "sha", "asimd": "neon", "asimddp": "dotprod", "asimdhp": "fullfp16",
 }  # fmt: skip
 _counter = itertools.count()
+_anything = ctypes.c_char
 _load_lock = threading.Lock()
 
 
@@ -76,8 +77,11 @@ def aligned(nbytes: int, alignment: int = 64) -> NDArray[np.uint8]:
 
 
 def address_of(array: NDArray[Any]) -> int:
-    """The address of an array's first element (quicker than ``array.ctypes.data``)."""
-    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
+    """The address of an array's first element (many times quicker than ``array.ctypes.data``, if it is writable)."""
+    try:
+        return ctypes.addressof(_anything.from_buffer(array))  # type: ignore[arg-type]
+    except (TypeError, ValueError, BufferError):  # read-only, empty, not contiguous, of a format without buffers
+        return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
 
 
 class Library:

@@ -11,6 +11,7 @@ from bitwright.codegen.tvm.template import Template
 def templates() -> dict[str, Template]:
     """Every GPU template by name."""
     from bitwright.codegen.tvm.cuda.generic import CudaGeneric
+    from bitwright.codegen.tvm.cuda.rows import CudaRows
 
-    known: tuple[Template, ...] = (CudaGeneric(),)
+    known: tuple[Template, ...] = (CudaRows(), CudaGeneric())
     return {t.name: t for t in known}

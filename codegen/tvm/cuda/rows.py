@@ -153,20 +153,20 @@ class CudaRowKernel(RowKernel):
         return value if self.config.per_row <= 32 else self._block(value, step)
 
     def _warp(self, value: Vec, threads: int, step: Step) -> Vec:
-        value = self.b.let(value)
+        value = self.m.keep(value)
         while threads > 1:
             threads //= 2
-            value = self.b.let(step(value, self.device.value("bw_shfl_xor_f32", F32, value, threads)))
+            value = self.m.keep(step(value, self.device.value("bw_shfl_xor_f32", F32, value, threads)))
         return value
 
     def _block(self, value: Vec, step: Step) -> Vec:
-        """Over the warps of a block, each total in shared memory of its own."""
-        warps = self.config.per_row // 32
-        parts = self.device.shared(F32, warps, align=4)
+        """Over the warps of a row, each total in shared memory of its own."""
+        warps, warp = self.config.per_row // 32, self.device.warp
+        parts = self.device.shared(F32, self.config.threads // 32, align=4)
         with self.b.when(self.device.lane < 1):
-            self.b.store(parts, self.device.warp, value)
+            self.b.store(parts, warp, value)
         self.device.sync()
-        return self._warp(self.b.load(parts, self.device.lane % warps), warps, step)
+        return self._warp(self.b.load(parts, warp // warps * warps + self.device.lane % warps), warps, step)
 
     # ---- what waits between the passes
     def again(self, span: Span) -> Vec:
@@ -219,7 +219,7 @@ class CudaRowKernel(RowKernel):
 
     def _larger(self, a: Vec, v: Vec) -> Vec:
         """The larger; NaN wins."""
-        a, v = self.b.let(a), self.b.let(v)
+        a, v = self.m.keep(a), self.m.keep(v)  # registers: TVM would write bindings out wherever they are used
         if a.lanes == 1:
             return better(v, a).select(v, a)
         parts = [self._larger(a.shuffle([i]), v.shuffle([i])) for i in range(a.lanes)]

@@ -40,12 +40,13 @@ OPERANDS = (
     Operands("s8", "s32.s8.s8.s32", 1, _SIGNED, _SIGNED, "int"),
     Operands("u8s8", "s32.u8.s8.s32", 1, _UNSIGNED, _SIGNED, "int"),
     Operands("s8u8", "s32.s8.u8.s32", 1, _SIGNED, _UNSIGNED, "int"),
+    Operands("u8", "s32.u8.u8.s32", 1, _UNSIGNED, _UNSIGNED, "int"),
     Operands("e4m3", "f32.e4m3.e4m3.f32", 1, _E4M3, _E4M3, "float", arch=89),
 )
 
 
 def instructions() -> Iterator[Instruction]:
-    """``bw_mma_f16``, ``_bf16``, ``_s8``, ``_u8s8`` (a is unsigned), ``_s8u8`` (b is), ``_e4m3``."""
+    """``bw_mma_f16``, ``_bf16``, ``_s8``, ``_u8s8`` (a is unsigned), ``_s8u8`` (b is), ``_u8``, ``_e4m3``."""
     for o in OPERANDS:
         yield _mma(o)
 

@@ -28,7 +28,8 @@ from bitwright.codegen.cuda.instructions.mma import OPERANDS, Operands
 
 
 def instructions() -> Iterator[Instruction]:
-    """``bw_mma_sp_f16_0``, ``_f16_1``, ``_bf16_0``, ``_bf16_1``, ``_s8``, ``_s8u8`` (b is unsigned), ``_u8s8``, ``_e4m3``."""
+    """``bw_mma_sp_f16_0``, ``_f16_1``, ``_bf16_0``, ``_bf16_1``, ``_s8``, ``_s8u8`` (b is unsigned), ``_u8s8``, ``_u8``,
+    ``_e4m3``."""
     for o in OPERANDS:
         for selector in (0, 1) if o.size == 2 else (0,):
             yield _mma_sp(o, selector)

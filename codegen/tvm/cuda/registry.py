@@ -11,7 +11,8 @@ from bitwright.codegen.tvm.template import Template
 def templates() -> dict[str, Template]:
     """Every GPU template by name."""
     from bitwright.codegen.tvm.cuda.generic import CudaGeneric
+    from bitwright.codegen.tvm.cuda.mma import Mma
     from bitwright.codegen.tvm.cuda.rows import CudaRows
 
-    known: tuple[Template, ...] = (CudaRows(), CudaGeneric())
+    known: tuple[Template, ...] = (Mma(), CudaRows(), CudaGeneric())
     return {t.name: t for t in known}

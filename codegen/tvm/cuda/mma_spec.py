@@ -1,0 +1,197 @@
+"""What a tensor-core product is (:class:`Product`) and how a kernel cuts it (:class:`Tile`); the default cut."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from bitwright.codegen.tuning.space import Knob, Point, Rule, Setting
+from bitwright.codegen.tvm.cuda.operands import Matrix, Window
+from bitwright.codegen.tvm.cuda.store import Fragments
+
+Element = Literal["f16", "bf16", "s8", "s8u8", "u8s8", "u8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """y[row, out] = sum over k of x[row, k] * w[out, k], ``batch`` times. The left operand of ``mma`` is w.
+
+    ``element``: formats of w and x. ``source``: where x lies. ``left``: w is packed into fragments (``packed``), or in
+    memory as [out, k] (``rows``) or [k, out] (``columns``, 16-bit types only), described by ``right``.
+    ``sparse``: w is 2:4 along k and packed. ``fill``: the byte that x has where an image is padded.
+    """
+
+    element: Element
+    outs: int
+    source: Matrix | Window
+    batch: int = 1
+    left: Literal["packed", "rows", "columns"] = "packed"
+    right: Matrix | None = None
+    sparse: bool = False
+    fill: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element."""
+        return 2 if self.element in ("f16", "bf16") else 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of x of one batch."""
+        return self.source.rows
+
+    @property
+    def bytes_of_k(self) -> int:
+        """Length of a row of x."""
+        return self.source.length * self.size
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether sums are exact s32."""
+        return self.size == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A block makes ``outs`` x ``rows`` sums with ``warps`` (along outputs, rows); ``depth`` bytes of x's k a stage.
+
+    ``split``: so many blocks share the sums of one tile. ``raster``: tiles of rows that run before the next of outputs.
+    """
+
+    outs: int
+    rows: int
+    warps: tuple[int, int]
+    depth: int = 64
+    stages: int = 3
+    split: int = 1
+    raster: int = 4
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.warps[0] * self.warps[1]
+
+    @property
+    def fragments(self) -> Fragments:
+        """A warp's sums."""
+        return Fragments(self.outs // self.warps[0] // 16, self.rows // self.warps[1] // 8, self.warps)
+
+    def step(self, p: Product) -> int:
+        """Bytes of x's k of one instruction."""
+        return 64 if p.sparse else 32
+
+    def turns(self, p: Product) -> int:
+        """Stages of the whole sum."""
+        return max(-(-p.bytes_of_k // self.depth), 1)
+
+    def left_bytes(self, p: Product) -> int:
+        """Of w's values in a stage."""
+        return self.outs * self.depth // (2 if p.sparse else 1)
+
+    def meta_bytes(self, p: Product) -> int:
+        """Of metadata in a stage: 512 for 64 outputs and 64 elements."""
+        return self.outs // 64 * (self.depth // p.size // 64) * 512 if p.sparse else 0
+
+    def stage_bytes(self, p: Product) -> int:
+        """Shared memory of a stage."""
+        return self.left_bytes(p) + self.meta_bytes(p) + self.rows * self.depth
+
+    def shared_bytes(self, p: Product) -> int:
+        """Shared memory of a block, and the place through which sums go."""
+        f, stages = self.fragments, self.stages * self.stage_bytes(p)
+        return max(stages, f.nbytes(f.passes(stages))) + 16
+
+    def grid(self, p: Product) -> tuple[int, int, int]:
+        """Tiles, parts of a sum, batches."""
+        return math.ceil(p.outs / self.outs) * math.ceil(p.rows / self.rows), self.split, p.batch
+
+    def fault(self, p: Product, shared: int) -> str:
+        """Why no kernel is cut so; the empty string if one is. ``shared``: bytes a block may have."""
+        f = self.fragments
+        if f.m < 1 or f.n < 1 or f.outs != self.outs or f.n * 8 * self.warps[1] != self.rows:
+            return "warps do not fit the tile"
+        if self.threads > 512 or 4 * f.m * f.n > 128:
+            return "a warp has more sums than registers"
+        if self.depth % (2 * self.step(p)) or (p.sparse and f.m != 4):
+            return "a stage has an even number of steps; a warp of a sparse product has 64 outputs"
+        if self.shared_bytes(p) > shared:
+            return f"{self.shared_bytes(p)} bytes of shared memory"
+        if self.split > self.turns(p) or (self.split - 1) * math.ceil(self.turns(p) / self.split) >= self.turns(p):
+            return "parts of the sum are empty"
+        return ""
+
+
+def default(p: Product, processors: int, shared: int) -> tuple[Tile, str]:
+    """The tile of a product for a device of so many multiprocessors, and why."""
+    depth = 128 if p.sparse else 64
+    made = Tile(*_outs_and_rows(p, processors), depth=depth)
+    while made.stages > 2 and made.stages > made.turns(p) + 1:
+        made = replace(made, stages=made.stages - 1)
+    if made.shared_bytes(p) * 2 <= shared - 2048 and made.turns(p) > 8:
+        made = replace(made, stages=4) if replace(made, stages=4).shared_bytes(p) * 2 <= shared else made
+    blocks = math.prod(made.grid(p))
+    why = f"tiles of {made.outs} outputs by {made.rows} rows, {blocks} blocks"
+    if blocks * 2 <= processors:
+        made = replace(made, split=_split(made, p, processors, blocks))
+        if made.split > 1:
+            why += f", sums in {made.split} parts to occupy {processors} multiprocessors"
+    assert not (fault := made.fault(p, shared)), (fault, made, p)
+    return made, f"{why}; {made.stages} stages of {made.depth} bytes"
+
+
+def _split(t: Tile, p: Product, processors: int, blocks: int) -> int:
+    """Parts of a sum so that blocks occupy the device and each has four stages at least."""
+    turns = t.turns(p)
+    wanted = min(processors // blocks, max(turns // 4, 1), 32)
+    return math.ceil(turns / math.ceil(turns / wanted))
+
+
+def _outs_and_rows(p: Product, processors: int) -> tuple[int, int, tuple[int, int]]:
+    """Largest first; smaller where the larger does not occupy the device, or would be half empty."""
+    if p.rows <= 8:
+        return (256, 8, (4, 1)) if p.outs > 64 else (64, 8, (1, 1) if p.sparse else (2, 1))
+    if p.rows <= 16:
+        return (256, 16, (4, 1)) if p.outs > 64 else (64, 16, (1, 1) if p.sparse else (4, 1))
+    if p.outs <= 32 and not p.sparse:
+        return (16, 128, (1, 4)) if p.outs <= 16 else (32, 128, (1, 4))
+    for outs, rows, warps in ((128, 128, (2, 2)), (64, 128, (1, 4)), (128, 64, (2, 2)), (64, 64, (1, 4))):
+        empty = p.outs <= outs // 2 or p.rows <= rows // 2
+        blocks = math.ceil(p.outs / outs) * math.ceil(p.rows / rows) * p.batch
+        if not empty and blocks >= processors:
+            return outs, rows, warps
+    return (64, 32, (1, 4)) if p.rows <= 32 else (64, 64, (1, 4))
+
+
+def knobs() -> tuple[Knob, ...]:
+    """What the tuner may choose."""
+    return (
+        Knob("outs", (64, 128, 256)), Knob("rows", (8, 16, 32, 64, 128, 256)), Knob("warps_outs", (1, 2, 4)),
+        Knob("warps_rows", (1, 2, 4)), Knob("depth", (64, 128)), Knob("stages", (2, 3, 4, 5)),
+        Knob("split", (1, 2, 3, 4, 6, 8, 16)), Knob("raster", (1, 4, 8)), Knob("kernel", ("dense", "2:4")),
+    )  # fmt: skip
+
+
+def point_of(t: Tile, p: Product) -> dict[str, Setting]:
+    """The point of the space that is a tile."""
+    return {
+        "outs": t.outs, "rows": t.rows, "warps_outs": t.warps[0], "warps_rows": t.warps[1], "depth": t.depth,
+        "stages": t.stages, "split": t.split, "raster": t.raster, "kernel": "2:4" if p.sparse else "dense",
+    }  # fmt: skip
+
+
+def tile_of(point: Point) -> Tile:
+    """The tile of a point."""
+    n = {k: int(v) for k, v in point.items() if k != "kernel"}
+    return Tile(
+        n["outs"], n["rows"], (n["warps_outs"], n["warps_rows"]), n["depth"], n["stages"], n["split"], n["raster"]
+    )
+
+
+def rules(p: Product, shared: int) -> tuple[Rule, ...]:
+    """What points must obey."""
+
+    def fits(point: Point) -> bool:
+        return not tile_of(point).fault(replace(p, sparse=point["kernel"] == "2:4"), shared)
+
+    return (Rule("the tile fits no block, or leaves a part of the sum empty", fits),)

@@ -63,7 +63,8 @@ def code_of(choice: Choice, library: bytes = b"") -> Code:
     """What the measuring process needs of a kernel."""
     args = tuple((a.kind, a.index) for a in choice.config.args)
     config = choice.config
-    return Code(library, choice.symbol, config.tasks, config.scratch_bytes, args, choice.packed)
+    work = getattr(config, "work_bytes", 0)
+    return Code(library, choice.symbol, config.tasks, config.scratch_bytes, args, choice.packed, work)
 
 
 @contextlib.contextmanager

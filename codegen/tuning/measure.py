@@ -14,7 +14,7 @@ import select
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,8 @@ class Code:
     scratch_bytes: int
     args: tuple[tuple[str, int], ...]
     packed: tuple[Array, ...]
+    work_bytes: int = 0
+    """Of a GPU kernel: memory that may hold anything before and after."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Request:
     ``tolerance``: largest error of float results relative to the largest value; 0.0 asks for equal bits, as integers
     are always asked. ``codes``: integer results computed from floats may differ by one step in one of twenty.
     ``cold_bytes``: so many other bytes are touched between two calls, as the other layers of a model do.
-    ``seconds``: after so long the candidate counts as hung. ``memory``: bytes it may take.
+    ``seconds``: after so long the candidate counts as hung. ``memory``: bytes it may take; 0: any number.
     """
 
     candidate: Code
@@ -113,13 +115,16 @@ class Outcome:
     rounds: int = 0
 
 
-def measured(request: Request) -> Outcome:
-    """Measure in a fork of this process and watch it: a hang, a crash or a lack of memory is an outcome."""
+def measured(request: Request, check: Callable[[Request], Outcome] | None = None) -> Outcome:
+    """Measure in a fork of this process and watch it: a hang, a crash or a lack of memory is an outcome.
+
+    ``check``: what compares and times; :func:`check_and_time` on this processor unless given.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _child(request, writer)
+        _child(request, writer, check or check_and_time)
     os.close(writer)
     end, data = time.monotonic() + request.seconds, b""
     timed_out = False
@@ -144,15 +149,16 @@ def measured(request: Request) -> Outcome:
     return outcome
 
 
-def _child(request: Request, writer: int) -> None:
+def _child(request: Request, writer: int, check: Callable[[Request], Outcome]) -> None:
     """Measure, answer, and leave without running anybody's exit handlers."""
     code = 1
     try:
         faulthandler.disable()
         die_with_parent()
-        limit_memory(request.memory)
+        if request.memory:
+            limit_memory(request.memory)
         try:
-            outcome = check_and_time(request)
+            outcome = check(request)
         except MemoryError:
             outcome = Outcome("memory", f"more than {request.memory >> 20} MB")
         except OSError as error:
@@ -176,12 +182,17 @@ def check_and_time(request: Request) -> Outcome:
     repeat.restype = None
     other = np.zeros(request.cold_bytes, np.uint8)
     runs = [kernel.sampler(repeat, request.sample_seconds, other) for kernel in (candidate, default)]
+    return interleaved(runs, request.rounds)
+
+
+def interleaved(runs: Sequence[Callable[[], float]], rounds: int) -> Outcome:
+    """Seconds of the candidate and of the default kernel, by turns, so that what slows the machine slows both."""
     times: tuple[list[float], list[float]] = ([], [])
-    for n in range(request.rounds):
+    for n in range(rounds):
         for which in (0, 1) if n % 2 else (1, 0):
             times[which].append(runs[which]())
     ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
-    return Outcome("ok", "", statistics.median(times[0]), statistics.median(times[1]), ratio, request.rounds)
+    return Outcome("ok", "", statistics.median(times[0]), statistics.median(times[1]), ratio, rounds)
 
 
 class _Bound:

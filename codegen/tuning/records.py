@@ -233,6 +233,12 @@ class Database:
             rows = self.connection.execute("SELECT key, text, features FROM workload").fetchall()
         return {key: (text, json.loads(features)) for key, text, features in rows}
 
+    def machines(self, fingerprint: str) -> list[str]:
+        """Names of the processors or devices that records of this target were measured on."""
+        with self._errors():
+            rows = self.connection.execute("SELECT DISTINCT target FROM record").fetchall()
+        return sorted(key.removeprefix(f"{fingerprint}/") for (key,) in rows if key.startswith(f"{fingerprint}/"))
+
     def best(self, workload: str, target: str, compiler: str) -> list[Pick]:
         """Confirmed candidates that beat the default, best first; never one that failed even once."""
         groups: dict[tuple[str, str], list[Record]] = {}

@@ -236,10 +236,10 @@ class Search:
     # --- what to try ---------------------------------------------------------------------------------------------
 
     def _default_point(self, state: State) -> Point:
-        from bitwright.codegen.tvm.select import templates
+        from bitwright.codegen.tvm.select import template_of
 
         task = state.task
-        return templates()[task.template].space(task.body, task.constants, self.goal.target).default
+        return template_of(task.template).space(task.body, task.constants, self.goal.target).default
 
     def _propose(self, state: State) -> list[tuple[str, Point]]:
         """The next batch: first what others found good, then what the model ranks best and some drawn at random."""
@@ -258,12 +258,12 @@ class Search:
 
     def _points(self, state: State) -> list[tuple[str, Point]]:
         """The space of every template that takes the body (very large ones in part, drawn anew each time)."""
-        from bitwright.codegen.tvm.select import templates
+        from bitwright.codegen.tvm.select import offered
         from bitwright.codegen.tvm.template import Refused
 
         task = state.task
         found: list[tuple[str, Point]] = []
-        for name, template in templates().items():
+        for name, template in offered(self.goal.target).items():
             if isinstance(template.configure(task.body, task.constants, self.goal.target), Refused):
                 continue
             points = list(islice(template.space(task.body, task.constants, self.goal.target), 50 * _POOL))

@@ -91,3 +91,6 @@ class Records(Protocol):
 
     def best(self, workload: str, target: str, compiler: str) -> list[Pick]:
         """Candidates worth taking instead of the default, best first."""
+
+    def machines(self, fingerprint: str) -> list[str]:
+        """Processors or devices by which records of this target are filed."""

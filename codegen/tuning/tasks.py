@@ -72,7 +72,7 @@ def tasks_of(graph: Graph, target: Target) -> list[Task]:
             tasks[key].names.append(node.origin or node.output)
             continue
         template = choices[node.output].template
-        cost = cost_of(plain, target, generic=template == "generic")
+        cost = cost_of(plain, target, generic=template.endswith("generic"))
         tasks[key] = Task(
             key, describe(plain, constants), plain, constants, 1, [node.origin or node.output], template,
             cost.seconds, cost.limit, resident, features_of(plain, constants, target),

@@ -32,9 +32,10 @@ def workload_key(body: Graph, constants: Mapping[str, Array]) -> str:
     return key_of("workload", FORMAT, describe(body, constants))
 
 
-def target_key(target: Target, cpu: str) -> str:
-    """What machine measurements hold for: the target's fingerprint, for ``host`` with the processor's name."""
-    return f"{target.fingerprint}/{cpu}" if target.name == "host" else target.fingerprint
+def target_key(target: Target, machine: str) -> str:
+    """What measurements hold for: the target's fingerprint, for ``host`` and GPUs with the processor's or device's
+    name."""
+    return f"{target.fingerprint}/{machine}" if target.name == "host" or target.kind == "gpu" else target.fingerprint
 
 
 def _without_zero_points(node: Node) -> Node:

@@ -13,6 +13,7 @@ from bitwright.codegen.tuning.space import Point, Records
 from bitwright.codegen.tuning.workload import target_key, workload_key
 from bitwright.codegen.tvm.cuda.registry import templates as gpu_templates
 from bitwright.codegen.tvm.template import Config, Refused, Template, canonical
+from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
 from bitwright.ir.target import Target
 from bitwright.ir.text import show
@@ -133,13 +134,24 @@ def candidate(
 
 def _recorded(plain: Graph, constants: Mapping[str, Array], target: Target, records: Records) -> Choice | None:
     """The best measured candidate that these weights allow."""
-    for pick in records.best(workload_key(plain, constants), target_key(target, cpu_name()), version()):
+    key = target_key(target, _measured_on(target, records))
+    for pick in records.best(workload_key(plain, constants), key, version()):
         choice = candidate(plain, constants, target, pick.template, pick.point)
         if isinstance(choice, Choice):
             told = f"tuned: {pick.label}, {pick.ratio:.2f}x of the default's time"
             config = replace(choice.config, reason="; ".join(filter(None, [choice.config.reason, told])))
             return replace(choice, config=config, record=pick.label)
     return None
+
+
+def _measured_on(target: Target, records: Records) -> str:
+    """The machine whose records count: this one; of a GPU, which need not be here, the one of the records."""
+    if target.kind != "gpu":
+        return cpu_name()
+    found = records.machines(target.fingerprint)
+    if len(found) > 1:
+        raise InvalidInput(f"the tuning database has records of {' and '.join(found)}: give each device its own file")
+    return found[0] if found else ""
 
 
 def _choice(

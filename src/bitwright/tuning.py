@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,13 @@ def tune(
     if not minutes >= 0:
         raise InvalidInput(f"minutes must be 0 or more, not {minutes}")
     machine = resolve(target)
-    _refuse_foreign(machine, workers)
+    measured_on = _measured_on(machine, workers)
     graph, recipe, calibration = prepared(model, recipe, calibration, example_inputs, batch, sizes, budget)
     data = fit_batches(graph, batches(calibration))
     symbol, _ = batch_symbol(graph, batch)
     lowered = lower(graph, recipe, machine, data)
     bound = bind_graph(lowered.graph, dict.fromkeys(graph.symbols, batch)) if symbol else lowered.graph
-    goal = _goal(machine, seed)
+    goal = _goal(machine, measured_on, seed)
     with Database(Path(records)) as database:
         tasks = tasks_of(bound, machine)
         if not tasks:
@@ -110,8 +111,14 @@ def tune(
 
 def bench_of(workers: str, machine: Target, jobs: int | None) -> Any:
     """The bench that ``workers`` names, a context manager."""
+    if workers == "local" and machine.kind == "gpu":
+        from bitwright.gpu_tuning import DeviceBench, open_device
+
+        return DeviceBench(partial(open_device, machine.mcpu), jobs)
     if workers == "local":
         return LocalBench(jobs)
+    if workers == "ray" and machine.kind == "gpu":
+        raise InvalidInput("the kernels of a GPU are measured on the device of this machine: leave --workers out")
     if workers == "ray":
         from bitwright.cluster import RayBench
 
@@ -130,19 +137,24 @@ class _Nothing:
     compile = measure = run = _refuse
 
 
-def _refuse_foreign(machine: Target, workers: str) -> None:
-    """Measurements need a machine that runs the target."""
-    if machine.kind != "cpu":
+def _measured_on(machine: Target, workers: str) -> str:
+    """The name of the processor or device that is measured; measurements need one that runs the target."""
+    if machine.kind == "device":
         raise InvalidInput(f"target {machine.name} loads no programs, so its kernels cannot be measured here")
+    if machine.kind == "gpu":
+        from bitwright.gpu_tuning import device_name
+
+        return device_name(machine.mcpu)
     if workers == "local":
         check_host(machine.features)
+    return cpu_name()
 
 
-def _goal(machine: Target, seed: int | None) -> Goal:
+def _goal(machine: Target, measured_on: str, seed: int | None) -> Goal:
     from bitwright.codegen.tvm.select import version
 
     drawn = int(time.time()) % (1 << 31) if seed is None else seed
-    return Goal(machine, target_key(machine, cpu_name()), version(), cpu_name(), drawn)
+    return Goal(machine, target_key(machine, measured_on), version(), measured_on, drawn)
 
 
 def _rows(database: Database, goal: Goal, states: list[State]) -> tuple[TunedLayer, ...]:
@@ -160,7 +172,8 @@ def _rows(database: Database, goal: Goal, states: list[State]) -> tuple[TunedLay
 
 
 def _compared(graph: Graph, machine: Target, records: Path) -> tuple[float, float, Ratio]:
-    """Seconds of the whole program untuned and tuned, and their ratio, on one core in interleaved rounds."""
+    """Seconds of the whole program untuned and tuned, and their ratio, on one core (of a GPU: by the wall clock) in
+    interleaved rounds."""
     cache = Cache()
     plain = assemble(graph, machine, (), [], cache=cache)
     tuned = assemble(graph, machine, (), [], cache=cache, records=records)
@@ -168,4 +181,8 @@ def _compared(graph: Graph, machine: Target, records: Path) -> tuple[float, floa
     timings = measure(
         {"untuned": lambda: plain(*inputs), "tuned": lambda: tuned(*inputs)}, rounds=ROUNDS, sample_seconds=0.02
     )
-    return timings["untuned"].cpu_median, timings["tuned"].cpu_median, timings.ratio("tuned", "untuned", cpu=True)
+    ratio = timings.ratio("tuned", "untuned", cpu=machine.kind == "cpu")
+    before, after = timings["untuned"], timings["tuned"]
+    if machine.kind == "gpu":
+        return before.median, after.median, ratio
+    return before.cpu_median, after.cpu_median, ratio

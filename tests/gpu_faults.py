@@ -28,7 +28,7 @@ BODIES = {
     "spoil": "y[i] = x[i] * w[i]; x[i] = 5;",
     "rewrite": "y[i] = x[i] * w[i]; if (i == 0) w[0] = 5;",
     "leave": "y[i] = x[i] * w[i] + s[0]; if (i == 63) s[0] += 1;",
-    "fault": "y[i] = x[i + (1 << 24)];",
+    "fault": "y[i] = x[i + 256];",
     "stuck": "if (i % 32 < 7) __syncthreads(); y[i] = x[i] * w[i];",
 }
 

@@ -21,6 +21,8 @@ CANDIDATES = 60
 """Shrunken ranges tried by ``mse``."""
 PIECE = 1 << 17
 """Elements whose candidate ranges are tried at a time."""
+_LOOK = 4
+"""Candidates between looks at whether smaller ranges can still win."""
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -95,6 +97,9 @@ class Codes(NamedTuple):
 
     def real(self, rows: slice | None = None) -> torch.Tensor:
         """The values that the codes stand for, f32; of some rows of the first axis only where ``rows`` are given."""
+        if rows is not None and self.axis not in (None, 0):  # cut first: spreading all for each cut is quadratic
+            many = [t[rows] if self.group else t for t in (self.scale, self.zero)]
+            return self._replace(codes=self.codes[rows], scale=many[0], zero=many[1]).real()
         codes, zero, scale = self.codes, self.spread(self.zero), self.spread(self.scale)
         if rows is not None:
             codes, zero, scale = (t.expand(self.codes.shape)[rows] for t in (codes, zero, scale))
@@ -202,7 +207,10 @@ def _fit(
     shrink = torch.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES)[1:].tolist()
     ends = [(1.0, 1.0), *((f, f) for f in shrink)]
     ends += [] if form.symmetric else [e for f in shrink for e in ((1.0, f), (f, 1.0))]
-    for low, high in ends:
+    size = rows.abs() if kind == "float" and form.symmetric and form.step == 1 else None
+    for tried, (low, high) in enumerate(ends):
+        if size is not None and tried % _LOOK == 0 and _hopeless(size, error, torch.maximum(-lo, hi) * low, form):
+            break
         for up in (True, False) if kind == "pow2" else (False,):
             best, error = _better(rows, best, error, _parameters(lo * low, hi * high, form, kind, up), form)
     for _ in [0] * (4 if kind == "float" else 0):  # the least-squares scale of these codes, and again
@@ -210,6 +218,14 @@ def _fit(
         fit = (rows * q).sum(1) / q.square().sum(1).clamp_min(1e-30)
         best, error = _better(rows, best, error, (_usable(fit), best[1]), form)
     return best
+
+
+def _hopeless(size: torch.Tensor, error: torch.Tensor, reach: torch.Tensor, form: Levels) -> bool:
+    """Whether what lies outside a range, and all smaller ones, alone costs every row more than its best error."""
+    import torch
+
+    end = reach * (max(-form.lo, form.hi) / form.top)
+    return bool((torch.sub(size, end[:, None]).clamp_min_(0).square_().sum(1) > error).all())
 
 
 def _better(

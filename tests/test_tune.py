@@ -13,10 +13,12 @@ import bitwright as bw
 from bitwright.cli import app
 from bitwright.codegen.targets import host
 from bitwright.codegen.targets.machine import cpu_name
+from bitwright.codegen.targets.x86 import AVX512_VNNI
 from bitwright.codegen.tuning.records import Database, Record
 from bitwright.codegen.tuning.tasks import tasks_of
 from bitwright.codegen.tuning.workload import target_key
 from bitwright.codegen.tvm.select import templates, version
+from bitwright.codegen.tvm.template import Refused
 from bitwright.errors import BitwrightError, InvalidInput
 from bitwright.ir.graph import Graph
 from bitwright.pipeline import lower
@@ -63,6 +65,23 @@ def test_a_program_says_which_records_it_used_and_computes_the_same(
     assert [r.reason for r in again.report.layers if f"tuned: {label}, 0.80x" in r.reason]
     assert any("1 of" in n and "tuning records" in n for n in again.report.notes)
     assert plain.manifest.tuning == {}
+
+
+def test_tiles_with_a_long_epilogue_stay_within_the_stack(graph: Graph) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.SiLU(), torch.nn.Linear(96, 48)).eval()
+    long = bw.capture(module, (torch.from_numpy(X),))
+    target, template, most = AVX512_VNNI, templates()["contract"], list[int]()
+    for it in (graph, long):
+        task = next(t for t in tasks_of(lower(it, "int8", target, [(X,)]).graph, target) if "quantize" in t.text)
+        points = [p for p in template.space(task.body, task.constants, target) if p["vectors"] == 1]
+        point = max(points, key=lambda p: int(p["rows"]))
+        config = template.at(task.body, task.constants, target, point)
+        assert not isinstance(config, Refused)
+        template.emit(task.body, config, "largest")
+        most.append(int(point["rows"]))
+    assert most[0] > most[1] > 8
 
 
 def test_tuning_measures_and_reports_the_whole_model(graph: Graph, tmp_path: Path) -> None:

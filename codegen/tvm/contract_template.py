@@ -11,14 +11,15 @@ from functools import cache
 import numpy as np
 
 from bitwright.codegen.cost import stored_bits, unpacking
-from bitwright.codegen.tuning.space import Knob, Point, Setting, Space
+from bitwright.codegen.tuning.space import Knob, Point, Rule, Setting, Space
 from bitwright.codegen.tvm import contract
 from bitwright.codegen.tvm.contract.halves import as_words, bf16_refusal
 from bitwright.codegen.tvm.contract.space import knobs_of, moved, point_of, rules_of
-from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, Element, Knobs, Matrix
+from bitwright.codegen.tvm.contract.spec import LANES, ContractSpec, Conv, Element, Knobs, Matrix
 from bitwright.codegen.tvm.dyadic import Form, forms
 from bitwright.codegen.tvm.epilogue import PointwiseEpilogue
 from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
+from bitwright.codegen.tvm.tir import STACK_LIMIT
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph, Node
@@ -119,7 +120,11 @@ class Contract(Template):
         listed = [*knobs_of(spec, knobs.isa), Knob("unpack", _unpackings(body, root, spec))]
         held = [] if weight is None else [_label(nm) for nm in _held(spec, weight, target)]
         listed.append(Knob("kernel", tuple(dict.fromkeys(["dense", here, *held]))))
-        return Space(default, tuple(listed), rules_of(spec, knobs))
+        rules = rules_of(spec, knobs)
+        if PointwiseEpilogue(body, root, target.isa, config.forms).heavy:
+            most = STACK_LIMIT // (4 * LANES[knobs.isa])
+            rules += (Rule(f"a column of sums takes more than {most} rows of stack", lambda p: int(p["rows"]) <= most),)
+        return Space(default, tuple(listed), rules)
 
     def pack(self, body: Graph, config: Config, constants: Mapping[str, Array]) -> list[Array]:
         assert isinstance(config, ContractConfig)

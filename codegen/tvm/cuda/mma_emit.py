@@ -64,7 +64,9 @@ class Kernel:
         kind = S32 if p.is_integer else F32
         self._acc = b.local(kind, 4 * f.m * f.n, "acc")
         each = 4 if p.sparse else 2
-        self._a, self._b = b.local(U32, 2 * 4 * f.m, "a"), b.local(U32, 2 * each * f.n, "b")
+        self._pair = 1 if p.sparse or f.n == 1 else 2
+        self._late = f.n // self._pair >= 4
+        self._a, self._b = b.local(U32, 2 * 4 * f.m, "a"), b.local(U32, (2 - self._late) * each * f.n, "b")
         self._meta = b.local(U32, 8, "meta") if p.sparse else None
         for i in range(4 * f.m * f.n):
             b.store(self._acc, i, const(0, kind))
@@ -154,48 +156,68 @@ class Kernel:
 
     def _sum(self) -> None:
         """The main loop."""
-        b, t = self.b, self.t
+        b, t, f = self.b, self.t, self.t.fragments
         for s in range(t.stages - 1):
             with b.when(s < self._count):
                 self._copy(s, s)
             b.call("bw_cp_async_commit")
         b.call(f"bw_cp_async_wait{t.stages - 2}")
         b.sync()
-        self._load(0, 0)
+        self._load_a(0, 0)
+        for j in range(f.n // self._pair):
+            self._load_b(0, 0, j)
         with b.loop(self._count, name="turn") as turn:
             for s in range(self._steps):
-                if s == self._steps - 1:
-                    b.call(f"bw_cp_async_wait{t.stages - 2}")
-                    b.sync()
-                    self._load(b.index(mod(turn + 1, t.stages) * t.stage_bytes(self.p)), 0)
-                else:
-                    self._load(b.index(mod(turn, t.stages) * t.stage_bytes(self.p)), s + 1)
-                if s == 0:
-                    ahead = turn + (t.stages - 1)
-                    with b.when(ahead < self._count):
-                        self._copy(ahead, mod(ahead, t.stages))
-                    b.call("bw_cp_async_commit")
-                self._multiply(s)
+                self._step(turn, s)
         b.call("bw_cp_async_wait0")
 
+    def _step(self, turn: Index, s: int) -> None:
+        """The products of step ``s`` and the next step's fragments: x's behind the products that read their registers
+        (``_late``: few registers), or before all, into registers of their own."""
+        b, t, f = self.b, self.t, self.t.fragments
+        last, then = s == self._steps - 1, (s + 1) % self._steps
+        stage = b.index(mod(turn + last, t.stages) * t.stage_bytes(self.p))
+        units = range(f.n // self._pair)
+        if self._late:
+            self._multiply(s, 0)
+        if last:
+            b.call(f"bw_cp_async_wait{t.stages - 2}")
+            b.sync()
+        self._load_a(stage, then)
+        if s == 0:
+            ahead = turn + (t.stages - 1)
+            with b.when(ahead < self._count):
+                self._copy(ahead, mod(ahead, t.stages))
+            b.call("bw_cp_async_commit")
+        if not self._late:
+            for j in units:
+                self._load_b(stage, then, j)
+        for j in units:
+            if j or not self._late:
+                self._multiply(s, j)
+            if self._late:
+                self._load_b(stage, then, j)
+
     # ---- fragments
-    def _load(self, stage: Index, s: int) -> None:
-        """Registers of step ``s`` of the stage at byte ``stage``."""
-        b, p, t, f = self.b, self.p, self.t, self.t.fragments
-        half = s % 2
+    def _load_a(self, stage: Index, s: int) -> None:
+        """w's registers of step ``s`` of the stage at byte ``stage``."""
+        f = self.t.fragments
         for i in range(f.m):
-            self._load_left(stage, s, i, b.address(self._a, (half * f.m + i) * 4))
+            self._load_left(stage, s, i, self.b.address(self._a, (s % 2 * f.m + i) * 4))
         if self._meta is not None:
             self._load_meta(stage, s)
+
+    def _load_b(self, stage: Index, s: int, j: int) -> None:
+        """x's registers of the j-th one or two fragments."""
+        b, p, t, f = self.b, self.p, self.t, self.t.fragments
         each, step = (4, 64) if p.sparse else (2, 32)
-        base = b.index(stage + self._x_at + _xor(self._b_lane, s * step))
-        j = 0
-        while j < f.n:
-            pair = 1 if p.sparse or f.n - j == 1 else 2
-            count = 4 if p.sparse else 2 * pair
-            where = b.address(self._shared, base + j * 8 * t.depth)
-            b.call(f"bw_ldmatrix{count}", b.address(self._b, (half * f.n + j) * each), where)
-            j += pair
+        where = stage + self._x_at + _xor(self._b_lane, s * step) + j * self._pair * 8 * t.depth
+        to = (self._half(s) * f.n + j * self._pair) * each
+        b.call(f"bw_ldmatrix{each * self._pair}", b.address(self._b, to), b.address(self._shared, where))
+
+    def _half(self, s: int) -> int:
+        """Which of x's sets of registers step ``s`` uses."""
+        return 0 if self._late else s % 2
 
     def _load_left(self, stage: Index, s: int, i: int, to: object) -> None:
         b, p, t, f = self.b, self.p, self.t, self.t.fragments
@@ -226,13 +248,14 @@ class Kernel:
                 "bw_copy8", b.address(self._meta, s % 2 * 4), b.address(self._shared, place + s // 2 * 512 + s % 2 * 8)
             )
 
-    def _multiply(self, s: int) -> None:
+    def _multiply(self, s: int, unit: int) -> None:
+        """The products of x's ``unit``-th one or two fragments."""
         b, p, f = self.b, self.p, self.t.fragments
         half, each = s % 2, 4 if p.sparse else 2
-        for j in range(f.n):
+        for j in range(unit * self._pair, (unit + 1) * self._pair):
             for i in range(f.m):
                 d, a = b.address(self._acc, (i * f.n + j) * 4), b.address(self._a, (half * f.m + i) * 4)
-                x = b.address(self._b, (half * f.n + j) * each)
+                x = b.address(self._b, (self._half(s) * f.n + j) * each)
                 if self._meta is None:
                     b.call(f"bw_mma_{p.element}", d, a, x)
                 elif p.size == 1:

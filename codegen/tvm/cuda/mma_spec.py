@@ -109,7 +109,7 @@ class Tile:
     def fault(self, p: Product, shared: int) -> str:
         """Why no kernel is cut so; the empty string if one is. ``shared``: bytes a block may have."""
         f = self.fragments
-        if f.m < 1 or f.n < 1 or f.outs != self.outs or f.n * 8 * self.warps[1] != self.rows:
+        if f.m < 1 or f.n < 1 or (f.n > 1 and f.n % 2) or f.outs != self.outs or f.n * 8 * self.warps[1] != self.rows:
             return "warps do not fit the tile"
         if self.threads > 512 or 4 * f.m * f.n > 128:
             return "a warp has more sums than registers"

@@ -34,9 +34,10 @@ _EXACT_FLOAT = frozenset("floor ceil round trunc sign".split())
 
 
 def needs_exact(body: Graph) -> bool:
-    """Whether float products must round as the reference does: some result jumps with the last bit of a float.
+    """Whether float products must round as the reference does: some result jumps with the last bit of a float, or is
+    what integers stand for, whose bits are the same on every target.
 
-    Then multiply and add are not contracted, so that the integers that come out are the reference's.
+    Then multiply and add are not contracted, so that what comes out is the reference's.
     """
     for n in body.nodes:
         floats = [body.types[x].dtype.is_float for x in n.inputs]
@@ -45,6 +46,8 @@ def needs_exact(body: Graph) -> bool:
         if isinstance(n.op, ops.Unary) and n.op.fn in _EXACT_FLOAT:
             return True
         if not n.type.dtype.is_float or isinstance(n.op, ops.Quantize):
+            return True
+        if isinstance(n.op, ops.Dequantize) and not floats[0]:
             return True
     return False
 

@@ -22,6 +22,7 @@ from bitwright.ir.types import TensorType
 from bitwright.ir.weights import Array
 
 if TYPE_CHECKING:
+    from bitwright.codegen.cuda.launches import Launch
     from bitwright.codegen.tuning.space import Records
     from bitwright.codegen.tvm.select import Choice
     from bitwright.codegen.tvm.template import Config
@@ -62,6 +63,8 @@ class Built:
     source: str
     compiled: int
     notes: tuple[str, ...]
+    launches: tuple[Launch, ...] = ()
+    """Of a program for a GPU, whose ``library`` is a bundle of kernels."""
 
 
 def build(
@@ -97,26 +100,27 @@ def build(
 
     objects = compile_all(compile_order, jobs, workers, cache=cache, progress=report)
     symbols = {c.symbol: objects[c.key] for c in orders.values()}
-    steps, buffers, data = _program(graph, choices)
+    steps, buffers, data = program_of(graph, choices)
     made = plan(steps, buffers, graph.outputs)
-    blob = _zeros(made.weights_bytes)
-    for name, array in data.items():
-        at = made.weight_offsets[name]
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        blob[at : at + flat.size] = flat
+    blob = blob_of(made, data)
     notes: list[str] = []
     source = main_c([Variant(made, rows, tuple(row_inputs), tuple(row_outputs))], features=target.features)
     compiled = (cache.misses - before) if cache else len(jobs)
     library = _linked(symbols, source, cc, notes, cache)
-    kernels = tuple(_kernel(n, choices[n.output]) for n in graph.nodes if n.output in choices)
+    kernels = tuple(row_of(n, choices[n.output]) for n in graph.nodes if n.output in choices)
     return Built(library, blob, made, graph, kernels, source, compiled, tuple(notes))
 
 
-def _zeros(size: int) -> Array:
-    """Bytes from a cache line's start on, where a program uses them in place."""
-    raw = np.zeros(size + 64, np.uint8)
+def blob_of(made: Plan, data: Mapping[str, Array]) -> Array:
+    """The weights as planned; bytes from a cache line's start on, where a program uses them in place."""
+    raw = np.zeros(made.weights_bytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    return raw[start : start + size]
+    blob = raw[start : start + made.weights_bytes]
+    for name, array in data.items():
+        at = made.weight_offsets[name]
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        blob[at : at + flat.size] = flat
+    return blob
 
 
 def _linked(objects: Mapping[str, bytes], source: str, cc: str | None, notes: list[str], cache: Cache | None) -> bytes:
@@ -131,7 +135,8 @@ def _linked(objects: Mapping[str, bytes], source: str, cc: str | None, notes: li
     return found
 
 
-def _kernel(node: Node, choice: Choice) -> Kernel:
+def row_of(node: Node, choice: Choice) -> Kernel:
+    """The report's row of a region and its kernel."""
     nbytes = sum(p.nbytes for p in choice.packed)
     config, types = choice.config, tuple(p.dtype.name for p in choice.packed)
     return Kernel(
@@ -214,7 +219,7 @@ def nbytes_of(t: TensorType) -> int:
     return t.size * int(t.dtype.numpy.itemsize)
 
 
-def _program(graph: Graph, choices: Mapping[str, Choice]) -> tuple[list[Step], list[Buffer], dict[str, Array]]:
+def program_of(graph: Graph, choices: Mapping[str, Choice]) -> tuple[list[Step], list[Buffer], dict[str, Array]]:
     """Steps and buffers for the planner, and the weight arrays by buffer name."""
     buffers = [Buffer(v.name, nbytes_of(v.type), "input") for v in graph.inputs]
     steps: list[Step] = []
@@ -239,6 +244,8 @@ def _program(graph: Graph, choices: Mapping[str, Choice]) -> tuple[list[Step], l
                     buffers.append(Buffer(packed_as[key], array.nbytes, "weight"))
                     data[packed_as[key]] = array
                 names.append(packed_as[key])
+            work = getattr(choice.config, "work_bytes", 0)
+            buffers += [Buffer(f"{node.output}#work", work)] if work else []
             steps.append(_step(node, choice, names))
     used = {a.buffer for s in steps for a in s.args} | set(graph.outputs)
     used |= {b.alias_of for b in buffers if b.kind == "alias"}
@@ -262,10 +269,12 @@ def _step(node: Node, choice: Choice, packed: Sequence[str]) -> Step:
             args.append(Arg(packed[a.index]))
         else:
             args.append(Arg(node.outputs[a.index], access="w"))
+    if getattr(choice.config, "work_bytes", 0):
+        args.append(Arg(f"{node.output}#work", access="w"))
     where = {(a.kind, a.index): i for i, a in enumerate(choice.config.args)}
     inplace = tuple((where["output", o], where["input", i]) for o, i in choice.config.inplace)
     config = choice.config
     return Step(choice.symbol, config.tasks, tuple(args), config.scratch_bytes, node.output, inplace)
 
 
-__all__ = ["Built", "Kernel", "build", "constants_of", "nbytes_of", "select"]
+__all__ = ["Built", "Kernel", "blob_of", "build", "constants_of", "nbytes_of", "program_of", "row_of", "select"]

@@ -172,7 +172,9 @@ class Target:
 
     @property
     def arch(self) -> str:
-        """The architecture as ``uname -m`` says it, and as artifacts do."""
+        """The architecture as ``uname -m`` says it, and as artifacts do; of a GPU that of its machine code."""
+        if self.kind == "gpu":
+            return self.mcpu
         return self.mcpu.partition("-mtriple=")[2].partition("-")[0] or "x86_64"
 
     def rate(self, x: DType, w: DType, partial: DType | None = None, terms: int = 0) -> float:

@@ -84,6 +84,35 @@ class StepRow(_Frozen):
     result: Result | None = None
 
 
+class Pointer(_Frozen):
+    """An argument of a launch: ``offset`` bytes into a space; ``index`` numbers inputs and outputs."""
+
+    space: Literal["input", "output", "arena", "weight", "scratch"]
+    index: Annotated[int, Field(ge=0)] = 0
+    offset: Bytes = 0
+
+
+class Launch(_Frozen):
+    """One launch of a GPU program: a kernel of its bundle; or, where ``nbytes`` is not 0, a copy of so many bytes from
+    the second argument to the first."""
+
+    kernel: str
+    grid: tuple[int, int, int] = (1, 1, 1)
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    shared_bytes: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    args: tuple[Pointer, ...] = ()
+    nbytes: Bytes = 0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Launch:
+        most = ((1 << 31) - 1, 65535, 65535)
+        if not all(1 <= n <= m for n, m in zip(self.grid, most, strict=True)):
+            raise ValueError(f"{self.kernel}: no device takes {self.grid} blocks")
+        if self.nbytes and len(self.args) != 2:
+            raise ValueError(f"{self.kernel}: a copy has two arguments, not {len(self.args)}")
+        return self
+
+
 class Stored(_Frozen):
     """Where and how the weights of a contraction lie among the program's weights.
 
@@ -164,7 +193,8 @@ class Manifest(_Frozen):
     ``batch``: the batch symbol, empty when all shapes are static. ``chunks``: the row counts the program has
     code for. ``input_alignment``: bytes the kernels want inputs aligned to (1: natural alignment of the
     elements). ``input_padding``: bytes the kernels may read behind an input. ``certificates``: one for each integer
-    contraction. ``tuning``: the tuning record that each tuned layer's kernel was chosen by.
+    contraction. ``tuning``: the tuning record that each tuned layer's kernel was chosen by. ``device``: what runs it,
+    empty for the processor; then ``launches`` are its steps and ``scratch_bytes`` are zero before the first of them.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -186,6 +216,8 @@ class Manifest(_Frozen):
     steps: tuple[StepRow, ...] = ()
     certificates: tuple[Certificate, ...] = ()
     tuning: dict[str, str] = Field(default_factory=dict)
+    device: Literal["", "cuda"] = ""
+    launches: tuple[Launch, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -202,7 +234,20 @@ class Manifest(_Frozen):
             _check_tensor(tensor, self.batch)
         if self.batch and not any(t.symbolic for t in self.inputs):
             raise ValueError(f"no input has the batch symbol {self.batch!r}")
+        _check_launches(self)
         return self
+
+
+def _check_launches(m: Manifest) -> None:
+    if bool(m.device) != bool(m.launches) and m.steps:
+        raise ValueError(f"device {m.device!r} with {len(m.launches)} launches")
+    sizes = {"arena": m.arena_bytes, "weight": m.weights_bytes, "scratch": m.scratch_bytes}
+    ports = {"input": m.inputs, "output": m.outputs}
+    for launch in m.launches:
+        for p in launch.args:
+            room = sizes.get(p.space, _LIMIT)
+            if (p.space in ports and p.index >= len(ports[p.space])) or p.offset > room:
+                raise ValueError(f"{launch.kernel}: an argument lies outside of its {p.space}")
 
 
 def _check_tensor(tensor: TensorSpec, batch: str) -> None:

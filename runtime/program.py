@@ -7,7 +7,6 @@ DLPack); results are NumPy arrays. An input that is contiguous and aligned for i
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -18,14 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.ir.errors import BitwrightError, InvalidInput, did_you_mean
-from bitwright.ir.types import parse_dtype
 from bitwright.runtime.artifact import Contents, read, write
 from bitwright.runtime.manifest import Manifest, TensorSpec
 from bitwright.runtime.native import Elsewhere, Library, address_of, aligned, failed, team_starts
+from bitwright.runtime.ports import Port, as_array, input_address, mismatch
 from bitwright.runtime.report import Report
 
 Array = NDArray[Any]
-_PAGE = 4096
 _MAX_THREADS = 1024
 
 
@@ -38,34 +36,6 @@ class StepTime:
     rows: int
     seconds: float
     best: float
-
-
-class _Port:
-    """An input or output with everything about it computed beforehand."""
-
-    __slots__ = ("alignment", "dtype", "factor", "nbytes", "padding", "row_bytes", "shape", "spec", "tail")
-
-    def __init__(self, spec: TensorSpec, manifest: Manifest) -> None:
-        self.spec = spec
-        self.dtype = parse_dtype(spec.dtype).numpy
-        self.factor = spec.factor
-        self.tail = tuple(int(d) for d in spec.shape[1:]) if self.factor else ()
-        self.shape = () if self.factor else tuple(int(d) for d in spec.shape)
-        self.row_bytes = spec.row_bytes
-        self.nbytes = 0 if self.factor else math.prod(self.shape) * self.dtype.itemsize
-        self.alignment = max(manifest.input_alignment, self.dtype.alignment)
-        self.padding = manifest.input_padding
-
-    def rows_of(self, shape: tuple[int, ...]) -> int:
-        """Rows of the batch in an array of ``shape``: 0 for a static one, -1 when the shape is wrong."""
-        if not self.factor:
-            return 0 if shape == self.shape else -1
-        if len(shape) != len(self.tail) + 1 or shape[1:] != self.tail or shape[0] % self.factor:
-            return -1
-        return shape[0] // self.factor
-
-    def full_shape(self, rows: int) -> tuple[int, ...]:
-        return (rows * self.factor, *self.tail) if self.factor else self.shape
 
 
 class _Workspace:
@@ -93,8 +63,8 @@ class Program:
         self._contents = contents
         manifest = self.manifest = contents.manifest
         self._library: Library | None = library or Library(contents.library, contents.weights, manifest)
-        self._inputs = tuple(_Port(t, manifest) for t in manifest.inputs)
-        self._outputs = tuple(_Port(t, manifest) for t in manifest.outputs)
+        self._inputs = tuple(Port(t, manifest) for t in manifest.inputs)
+        self._outputs = tuple(Port(t, manifest) for t in manifest.outputs)
         self.input_names = tuple(t.name for t in manifest.inputs)
         self.output_names = tuple(t.name for t in manifest.outputs)
         self._position = {name: i for i, name in enumerate(self.input_names)}
@@ -107,6 +77,10 @@ class Program:
     @classmethod
     def compiled(cls, contents: Contents, threads: int | None = None) -> Program:
         """The program just compiled: one for another architecture can be saved and emulated, calling it raises."""
+        if contents.manifest.device:
+            from bitwright.runtime.cuda import CudaProgram
+
+            return CudaProgram(contents)
         there = contents.manifest.arch
         library = Elsewhere(contents.weights, contents.manifest) if there and there != platform.machine() else None
         return cls(contents, threads=threads, library=library)
@@ -119,9 +93,15 @@ class Program:
         """
         contents = read(path, verify=verify)
         try:
+            if contents.manifest.device:
+                return cls.compiled(contents).opened()
             return cls(contents, threads=threads)
         except InvalidInput as error:
             raise InvalidInput(f"{os.fspath(path)}: {error}") from error
+
+    def opened(self) -> Program:
+        """The program, ready to be called."""
+        return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to a ``.bw`` file, whole or not at all."""
@@ -288,13 +268,13 @@ class Program:
     ) -> Any:
         keep: list[Array] = []  # inputs that had to be copied must live through the call
         for index, port in enumerate(self._inputs):
-            space.inputs[index] = _input_address(port, arrays[index], padded, keep)
+            space.inputs[index] = input_address(port, arrays[index], padded, keep)
         results: list[Array] = []
         for index, port in enumerate(self._outputs):
             shape = port.full_shape(padded)
             nbytes = port.row_bytes * padded if port.factor else port.nbytes
             raw = np.empty(nbytes + 128, np.uint8)
-            address: int = raw.__array_interface__["data"][0]
+            address = address_of(raw)
             start = -address & 63
             space.outputs[index] = address + start
             results.append(np.ndarray(shape, port.dtype, raw, start))
@@ -318,12 +298,12 @@ class Program:
         arrays: list[Array] = []
         batch = -1
         for port, value in zip(self._inputs, values, strict=True):
-            array = value if type(value) is np.ndarray else _as_array(port, value)
+            array = value if type(value) is np.ndarray else as_array(port, value)
             if array.dtype != port.dtype:
-                raise _mismatch(port, array)
+                raise mismatch(port, array.shape, array.dtype)
             rows = port.rows_of(array.shape)
             if rows < 0:
-                raise _mismatch(port, array)
+                raise mismatch(port, array.shape, array.dtype)
             if port.factor:
                 if batch >= 0 and rows != batch:
                     raise InvalidInput(
@@ -350,51 +330,3 @@ def _thread_count(count: int) -> int:
     if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 1 <= count <= _MAX_THREADS:
         raise InvalidInput(f"threads must be a whole number from 1 to {_MAX_THREADS}, not {count!r}")
     return int(count)
-
-
-def _as_array(port: _Port, value: Any) -> Array:
-    """A NumPy array from a torch tensor, a DLPack or array-like object, a list or a number."""
-    try:
-        if isinstance(value, list | tuple | int | float):
-            loose = np.asarray(value)
-            return loose.astype(port.dtype) if np.can_cast(loose.dtype, port.dtype, "same_kind") else loose
-        if hasattr(value, "detach"):
-            tensor = value.detach().cpu()
-            if str(tensor.dtype) == "torch.bfloat16":
-                return np.asarray(tensor.float().numpy().astype(port.dtype))
-            return np.asarray(tensor.numpy())
-        if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
-            return np.from_dlpack(value)
-        return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError, BufferError) as error:
-        raise InvalidInput(f"input {port.spec.name!r} cannot be read as an array: {error}") from error
-
-
-def _mismatch(port: _Port, array: Array) -> InvalidInput:
-    """Expected and given, and how to go on when only the type differs."""
-    given = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
-    hint = f"; convert it with .astype({str(port.dtype)!r})" if array.dtype != port.dtype else ""
-    return InvalidInput(f"input {port.spec.name!r}: expected {port.spec}, got {given}{hint}")
-
-
-def _input_address(port: _Port, array: Array, rows: int, keep: list[Array]) -> int:
-    """The address of ``array`` when kernels can use it as it lies, else of an aligned copy put into ``keep``.
-
-    Kernels may read a few bytes past the end: harmless as long as they stay on the same page.
-    """
-    if array.flags.c_contiguous and (not port.factor or array.shape[0] == rows * port.factor):
-        address: int = array.__array_interface__["data"][0]
-        end = address + array.nbytes
-        if not address % port.alignment and (end - 1) // _PAGE == (end - 1 + port.padding) // _PAGE:
-            return address
-    shape = port.full_shape(rows)
-    nbytes = math.prod(shape) * port.dtype.itemsize
-    copy = aligned(nbytes + 64 + port.padding)
-    view = np.ndarray(shape, port.dtype, copy)
-    if port.factor:
-        view[: array.shape[0]] = array
-        view[array.shape[0] :] = 0
-    else:
-        view[...] = array
-    keep.append(copy)
-    return address_of(copy)

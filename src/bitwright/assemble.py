@@ -16,9 +16,10 @@ import numpy as np
 
 from bitwright._version import __version__
 from bitwright.certificates import recorded
-from bitwright.codegen.build import Built, Kernel, build, nbytes_of
+from bitwright.codegen.build import Kernel, build, nbytes_of
 from bitwright.codegen.cache import Cache
 from bitwright.codegen.cost import cost_of, working_set
+from bitwright.codegen.cuda.build import build_gpu
 from bitwright.codegen.targets.machine import cpu_name
 from bitwright.codegen.tuning.records import Database
 from bitwright.comparison import results_of
@@ -37,8 +38,8 @@ from bitwright.passes._batches import LazyBatches
 from bitwright.passes._layers import name_of
 from bitwright.passes._pass import Price
 from bitwright.pipeline import Lowered, lower
+from bitwright.program_manifest import manifest_of
 from bitwright.runtime.artifact import Contents
-from bitwright.runtime.manifest import Manifest, Result, StepRow, TensorSpec
 from bitwright.runtime.program import Program
 from bitwright.runtime.report import Formats, Layer, PassRow, Refusal, Report
 
@@ -85,10 +86,12 @@ def assemble(
     row_bytes = [_row_bytes(t, rows) if symbol else 0 for t in _port_types(bound)]
     split = len(bound.inputs)
     with Database(Path(records), write=False) if records is not None else nullcontext() as tuned:
-        built = build(
-            bound, target, rows=rows, row_inputs=row_bytes[:split], row_outputs=row_bytes[split:],
-            cache=cache, workers=workers, progress=progress, records=tuned,
-        )  # fmt: skip
+        common: dict[str, Any] = {"cache": cache, "workers": workers, "progress": progress, "records": tuned}
+        if target.kind == "gpu":
+            built = build_gpu(bound, target, **common)
+        else:
+            ports = row_bytes[:split], row_bytes[split:]
+            built = build(bound, target, rows=rows, row_inputs=ports[0], row_outputs=ports[1], **common)
     done = done.settled()  # output errors were measured while kernels were built
     errors = measure_layers(graph, done.quantized, calibration, done.context)
     report = report_of(graph, target, built.kernels, built.graph, done, errors)
@@ -112,7 +115,7 @@ def assemble(
     proofs = recorded(built, done.context.facts.get("certificates", {}))
     for row in report.layers:
         row.accumulator = "; ".join(str(c) for c in proofs if c.step == row.name)
-    manifest = _manifest(graph, bound, target, built, symbol, rows, threads, results)
+    manifest = manifest_of(graph, bound, target, built, symbol, rows, threads, results)
     chosen = {k.node.output: k.record for k in built.kernels if k.record}
     manifest = manifest.model_copy(update={"certificates": proofs, "tuning": chosen})
     contents = Contents(manifest, show(built.graph), built.library, built.weights, report.to_json())
@@ -221,33 +224,6 @@ def _row_bytes(t: Any, rows: int) -> int:
     return nbytes_of(t) // rows
 
 
-def _manifest(
-    graph: Graph,
-    bound: Graph,
-    target: Target,
-    built: Built,
-    symbol: str,
-    rows: int,
-    threads: int,
-    results: dict[str, Result],
-) -> Manifest:
-    ports = graph if symbol else bound
-    inputs = tuple(TensorSpec(name=v.name, dtype=str(v.type.dtype), shape=v.type.shape) for v in ports.inputs)
-    outputs = tuple(
-        TensorSpec(name=n, dtype=str(ports.types[o].dtype), shape=ports.types[o].shape)
-        for n, o in zip(ports.output_names, ports.outputs, strict=True)
-    )
-    steps = tuple(
-        StepRow(label=s.label, kernel=s.kernel_symbol, rows=rows, result=results.get(s.label)) for s in built.plan.steps
-    )
-    return Manifest(
-        name=graph.name, target=target.name, arch=target.arch, inputs=inputs, outputs=outputs, batch=symbol,
-        chunks=(rows,), arena_bytes=built.plan.arena_bytes, scratch_bytes=built.plan.scratch_bytes,
-        weights_bytes=built.plan.weights_bytes, threads=threads, features=target.features,
-        versions={"bitwright": __version__, "python": platform.python_version()}, steps=steps,
-    )  # fmt: skip
-
-
 def report_of(
     graph: Graph, target: Target, kernels: Sequence[Kernel | Row], bound: Graph, done: Lowered, errors: Measured
 ) -> Report:
@@ -309,7 +285,7 @@ def _layer(
     heads = [n for n in body.nodes if not isinstance(n.op, ops.Constant)]
     label = "+".join(dict.fromkeys(n.op.spelling for n in heads))
     dense = k.reason.startswith(("dense", "runs dense"))
-    cost = cost_of(body, target, generic=k.template == "generic", sparse=not dense, working_set=weights)
+    cost = cost_of(body, target, generic=k.template.endswith("generic"), sparse=not dense, working_set=weights)
     formats, pattern, kept, weight = Formats(out=str(body.types[body.outputs[0]].dtype)), "", None, ""
     notes = [
         f"{t}: {why}"

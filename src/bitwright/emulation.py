@@ -1,4 +1,7 @@
-"""Programs for other architectures, run by QEMU's user-mode emulation: the artifact's own library and weights."""
+"""Programs for other architectures, run by QEMU's user-mode emulation: the artifact's own library and weights.
+
+Those for GPUs run in the emulator of ``codegen/cuda``.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.codegen.c.toolchain import TIMEOUT, TOOLCHAINS, Toolchain
+from bitwright.gpu_emulation import EmulatedDriver
 from bitwright.ir.errors import BitwrightError, InvalidInput
 from bitwright.runtime.artifact import Contents, read
+from bitwright.runtime.cuda import CudaProgram
 from bitwright.runtime.manifest import TensorSpec
 from bitwright.runtime.native import Elsewhere
 from bitwright.runtime.program import Program
@@ -28,6 +33,8 @@ def emulate(program: Program | str | Path) -> Program:
     emulator or has none, and :class:`BitwrightError` that says what to install where a tool is missing.
     """
     contents = program.contents if isinstance(program, Program) else read(program)
+    if contents.manifest.device:
+        return CudaProgram(contents, EmulatedDriver())
     return Program(contents, threads=1, library=Emulated(contents))
 
 

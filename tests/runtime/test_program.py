@@ -27,7 +27,8 @@ from bitwright.ir.errors import BitwrightError, InvalidInput
 from bitwright.runtime.artifact import Contents
 from bitwright.runtime.manifest import Manifest, StepRow, TensorSpec
 from bitwright.runtime.native import aligned, check_host, host_features
-from bitwright.runtime.program import Program, _input_address
+from bitwright.runtime.ports import input_address
+from bitwright.runtime.program import Program
 
 Make = Callable[..., Contents]
 Reference = Callable[..., tuple[Any, Any]]
@@ -111,7 +112,7 @@ def test_kernels_may_ask_for_more_alignment(make: Make, reference: Reference) ->
     for offset in range(0, 64, 4):
         place = aligned(4096)[offset : offset + 128].view(np.float32).reshape(4, 8)
         place[:] = rows(4)
-        assert _input_address(port, place, 1, keep) % 64 == 0
+        assert input_address(port, place, 1, keep) % 64 == 0
         check(program(place), reference(rows(4)))
     assert len(keep) == 15
 
@@ -402,7 +403,7 @@ def test_a_call_costs_little(make: Make) -> None:
 SCRIPT = """
 import os, sys, time
 start = time.process_time()
-from bitwright.runtime.program import Program, _input_address
+from bitwright.runtime.program import Program
 import numpy as np
 ready = time.process_time()
 program = Program.load(sys.argv[1])

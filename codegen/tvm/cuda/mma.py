@@ -6,8 +6,7 @@ turn back into rows on their way through shared memory. See ``mma_spec`` for the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -27,7 +26,7 @@ from bitwright.codegen.tuning.space import Point, Space
 from bitwright.codegen.tvm.cuda import mma_spec
 from bitwright.codegen.tvm.cuda.builder import CudaBuilder
 from bitwright.codegen.tvm.cuda.config import CudaConfig
-from bitwright.codegen.tvm.cuda.mma_emit import Kernel, Pointers
+from bitwright.codegen.tvm.cuda.mma_emit import Kernel, Pointers, Put
 from bitwright.codegen.tvm.cuda.mma_spec import Product, Tile
 from bitwright.codegen.tvm.cuda.products import product_of, root_of, rows_of, zero_of
 from bitwright.codegen.tvm.cuda.store import RowEpilogue
@@ -64,6 +63,8 @@ class Mma(Template):
     """Contractions of f16, bf16 and 8-bit integers on tensor cores."""
 
     name: ClassVar[str] = "cuda_mma"
+    apart: ClassVar[bool] = True
+    """Whether metadata of 2:4 are an array of their own."""
 
     def configure(self, body: Graph, constants: Mapping[str, Array], target: Target) -> Config | Refused:
         return self.at(body, constants, target, {})
@@ -73,7 +74,7 @@ class Mma(Template):
         if isinstance(found, Refused):
             return found
         root, dense = found
-        chosen = _with_pattern(body, root, dense, constants, target, str(point.get("kernel", "")))
+        chosen = with_pattern(body, root, dense, constants, target, str(point.get("kernel", "")))
         if isinstance(chosen, Refused):
             return chosen
         p, kind = chosen
@@ -86,19 +87,12 @@ class Mma(Template):
         position = {v.name: i for i, v in enumerate(body.inputs)}
         zero = zero_of(root)
         count = 0 if p.left != "packed" else 1 + p.sparse + (zero != 0)
-        others = _others(body, root, p)
         args = [Arg("input", position[root.inputs[0]])]
         args += [Arg("packed", i) for i in range(count)] or [Arg("input", position[root.inputs[1]])]
-        args += [Arg("input", position[x]) for x in others] + [Arg("output", i) for i in range(len(body.outputs))]
-        tiles, parts, batch = tile.grid(p)
-        split = parts > 1
-        return MmaConfig(
-            tasks=tiles * parts * batch, args=tuple(args), mcpu=target.mcpu, threads=tile.threads,
-            grid=tile.grid(p), product=p, tile=tile, weight=position[root.inputs[1]] if count else -1, zero=zero,
-            scratch_bytes=4 * tiles * batch if split else 0,
-            work_bytes=4 * tiles * batch * parts * tile.outs * tile.rows if split else 0,
-            reason=f"tensor cores, {kind}, {why}",
-        )  # fmt: skip
+        args += [Arg("input", position[x]) for x in others(body, root, p)]
+        args += [Arg("output", i) for i in range(len(body.outputs))]
+        weight = position[root.inputs[1]] if count else -1
+        return replace(made(p, tile, target, args, weight, f"tensor cores, {kind}, {why}"), zero=zero)
 
     def space(self, body: Graph, constants: Mapping[str, Array], target: Target) -> Space:
         config = self.configure(body, constants, target)
@@ -113,7 +107,7 @@ class Mma(Template):
         if config.weight < 0:
             return []
         p, t = config.product, config.tile
-        w = rows_of(_root(body), constants[body.inputs[config.weight].name], p)
+        w = rows_of(contraction(body), constants[body.inputs[config.weight].name], p)
         wide = [padded(each, t.outs, t.turns(p) * t.depth // p.size) for each in w]
         out: list[Array] = []
         if p.sparse:
@@ -131,7 +125,7 @@ class Mma(Template):
         if config.weight < 0:
             return ""
         p = config.product
-        w = rows_of(_root(body), constants[body.inputs[config.weight].name], p)
+        w = rows_of(contraction(body), constants[body.inputs[config.weight].name], p)
         for i, each in enumerate(w):
             again = from_fragments(packed[0][i]).view(w.dtype)
             if p.sparse:
@@ -144,8 +138,8 @@ class Mma(Template):
 
     def emit(self, body: Graph, config: Config, symbol: str) -> object:
         assert isinstance(config, MmaConfig)
-        p, t, root = config.product, config.tile, _root(body)
-        b = CudaBuilder(symbol, grid=t.grid(p), threads=t.threads)
+        p, root = config.product, contraction(body)
+        b = self.builder(config, symbol)
         named: dict[str, Pointer] = {}
 
         def given(name: str) -> Pointer:
@@ -156,13 +150,12 @@ class Mma(Template):
         x = given(root.inputs[0])
         init = meta = None
         if p.left == "packed":
-            size = p.batch * math.ceil(p.outs / t.outs) * t.outs * t.turns(p) * t.depth
-            w = b.param("w", U8, size)
-            meta = b.param("meta", U8, size) if p.sparse else None
+            w = b.param("w", F32 if p.element == "f32" else U8, 1 << 28)
+            meta = b.param("meta", U8, 1 << 30) if p.sparse and self.apart else None
             init = b.param("init", S32, p.batch * p.outs) if config.zero else None
         else:
             w = given(root.inputs[1])
-        for name in _others(body, root, p):
+        for name in others(body, root, p):
             given(name)
         outs = [b.param(f"y{i}", memory(body.types[o].dtype), body.types[o].size) for i, o in enumerate(body.outputs)]
         at = Pointers(x, w, meta)
@@ -186,24 +179,45 @@ class Mma(Template):
                 place, b.index(first + column), values, b.index(first + p.outs), p.outs % len(values) == 0
             )
 
-        Kernel(b, p, t, at).emit(put)
+        self.write(b, config, at, put)
         return b.finish()
 
+    def builder(self, config: MmaConfig, symbol: str) -> CudaBuilder:
+        """The builder of a configuration's kernel."""
+        return CudaBuilder(symbol, grid=config.grid, threads=config.threads)
 
-def _root(body: Graph) -> Node:
+    def write(self, b: CudaBuilder, config: MmaConfig, at: Pointers, put: Put) -> None:
+        """The kernel itself; ``put`` writes four sums of a row."""
+        Kernel(b, config.product, config.tile, at).emit(put)
+
+
+def made(p: Product, tile: Tile, target: Target, args: Sequence[Arg], weight: int, reason: str) -> MmaConfig:
+    """The configuration of a kernel of a tile; parts of a sum meet in the work memory."""
+    tiles, parts, batch = tile.grid(p)
+    split = parts > 1
+    return MmaConfig(
+        tasks=tiles * parts * batch, args=tuple(args), mcpu=target.mcpu, threads=tile.threads,
+        grid=tile.grid(p), product=p, tile=tile, weight=weight, reason=reason,
+        scratch_bytes=4 * tiles * batch if split else 0,
+        work_bytes=4 * tiles * batch * parts * tile.outs * tile.rows if split else 0,
+    )  # fmt: skip
+
+
+def contraction(body: Graph) -> Node:
+    """The contraction of a configured body."""
     root = root_of(body)
     assert root is not None
     return root
 
 
-def _others(body: Graph, root: Node, p: Product) -> list[str]:
+def others(body: Graph, root: Node, p: Product) -> list[str]:
     """Inputs beyond the operands: the bias, and what the epilogue reads (the operands too, if it reads them)."""
     read = [x for n in body.nodes if n is not root for x in n.inputs] + list(root.inputs[2:])
     given = {root.inputs[0]} | (set() if p.left == "packed" else {root.inputs[1]})
     return [v.name for v in body.inputs if v.name in read and v.name not in given]
 
 
-def _with_pattern(
+def with_pattern(
     body: Graph, root: Node, p: Product, constants: Mapping[str, Array], target: Target, asked: str
 ) -> tuple[Product, str] | Refused:
     """The product with 2:4 weights where they are and it pays, and what became of it."""

@@ -14,7 +14,7 @@ from tvm import tirx  # type: ignore[import-untyped]
 
 from bitwright.codegen.tvm.cuda.builder import CudaBuilder
 from bitwright.codegen.tvm.cuda.mma_spec import Product, Tile
-from bitwright.codegen.tvm.cuda.operands import CHUNK, Loader, Matrix, swizzled
+from bitwright.codegen.tvm.cuda.operands import CHUNK, Loader, swizzled
 from bitwright.codegen.tvm.cuda.store import through_shared
 from bitwright.codegen.tvm.generic_eval import div, mod
 from bitwright.codegen.tvm.tir import Index, Pointer, Vec, const, minimum
@@ -50,32 +50,61 @@ class Kernel:
         """Everything: ``put`` writes four neighbouring outputs of a row."""
         b, p, t = self.b, self.p, self.t
         f = t.fragments
-        self._shared = b.shared(U8, t.shared_bytes(p))
+        self._open()
         self._steps = t.depth // t.step(p)
-        self._x_at = t.left_bytes(p) + t.meta_bytes(p)
-        self._place()
-        self._right = Loader(b, p.source, at_shared(self._shared, self._x_at), t.rows, t.depth, p.fill, x=self.at.x)
-        self._right.start(self._row, self._z)
         if p.left != "packed":
             assert p.right is not None
             rows, depth = (t.outs, t.depth) if p.left == "rows" else (t.depth // p.size, t.outs * p.size)
             self._left = Loader(b, p.right, self._shared, rows, depth, x=self.at.w)
             self._left.start(self._out if p.left == "rows" else 0, self._z)
-        kind = S32 if p.is_integer else F32
-        self._acc = b.local(kind, 4 * f.m * f.n, "acc")
+        self._acc = b.local(S32 if p.is_integer else F32, 4 * f.m * f.n, "acc")
         each = 4 if p.sparse else 2
         self._pair = 1 if p.sparse or f.n == 1 else 2
         self._late = f.n // self._pair >= 4
         self._a, self._b = b.local(U32, 2 * 4 * f.m, "a"), b.local(U32, (2 - self._late) * each * f.n, "b")
         self._meta = b.local(U32, 8, "meta") if p.sparse else None
-        for i in range(4 * f.m * f.n):
-            b.store(self._acc, i, const(0, kind))
+        self._zero()
         self._lanes()
-        self._sum()
-        if t.split > 1:
-            with b.when(self._joined()):
-                self._write(put)
-        else:
+        self._prologue()
+        self._load_a(0, 0)
+        for j in range(f.n // self._pair):
+            self._load_b(0, 0, j)
+        with b.loop(self._count, name="turn") as turn:
+            for s in range(self._steps):
+                self._step(turn, s)
+        b.call("bw_cp_async_wait0")
+        self._close(put)
+
+    def _open(self) -> None:
+        """Shared memory, the block's place, x's loader."""
+        b, p, t = self.b, self.p, self.t
+        self._shared = b.shared(U8, t.shared_bytes(p))
+        self._x_at = t.left_bytes(p) + t.meta_bytes(p)
+        self._place()
+        self._right = Loader(b, p.source, at_shared(self._shared, self._x_at), t.rows, t.depth, p.fill, x=self.at.x)
+        self._right.start(self._row, self._z)
+
+    def _zero(self) -> None:
+        words = 4 * self.t.fragments.m * self.t.fragments.n
+        for i in range(words):
+            self.b.store(self._acc, i, const(0, self._acc.dtype))
+
+    def _prologue(self) -> None:
+        """Start the copies of all stages but one; the first has arrived."""
+        b, t = self.b, self.t
+        for s in range(t.stages - 1):
+            with b.when(s < self._count):
+                self._copy(s, s)
+            b.call("bw_cp_async_commit")
+        b.call(f"bw_cp_async_wait{t.stages - 2}")
+        b.sync()
+
+    def _close(self, put: Put) -> None:
+        """Results, of the block that has all parts of the sum."""
+        if self.t.split == 1:
+            self._write(put)
+            return
+        with self.b.when(self._joined()):
             self._write(put)
 
     # ---- where
@@ -153,23 +182,6 @@ class Kernel:
     def _loader(self) -> Loader:
         assert self._left is not None
         return self._left
-
-    def _sum(self) -> None:
-        """The main loop."""
-        b, t, f = self.b, self.t, self.t.fragments
-        for s in range(t.stages - 1):
-            with b.when(s < self._count):
-                self._copy(s, s)
-            b.call("bw_cp_async_commit")
-        b.call(f"bw_cp_async_wait{t.stages - 2}")
-        b.sync()
-        self._load_a(0, 0)
-        for j in range(f.n // self._pair):
-            self._load_b(0, 0, j)
-        with b.loop(self._count, name="turn") as turn:
-            for s in range(self._steps):
-                self._step(turn, s)
-        b.call("bw_cp_async_wait0")
 
     def _step(self, turn: Index, s: int) -> None:
         """The products of step ``s`` and the next step's fragments: x's behind the products that read their registers
@@ -305,10 +317,14 @@ class Kernel:
 
         def one(row: Index, out: Index, values: list[Vec]) -> None:
             at, column = b.index(self._row + row), b.index(self._out + out)
-            with b.when(tirx.all(at < p.rows, column < p.outs)):
+            with b.when(self._inside(at, column)):
                 put(self._z, at, column, values)
 
         through_shared(b, f, self._acc, self._shared, f.passes(t.stages * t.stage_bytes(p)), one)
+
+    def _inside(self, row: Index, out: Index) -> object:
+        """Whether the block's sum at a row and an output is one of the product's."""
+        return tirx.all(row < self.p.rows, out < self.p.outs)
 
 
 def at_shared(shared: Pointer, byte: int) -> Pointer:
@@ -328,4 +344,4 @@ def _div(i: Index, by: Index) -> Index:
     return div(i, by) if isinstance(by, int) else tirx.truncdiv(i, by)
 
 
-__all__ = ["Kernel", "Matrix", "Pointers", "Put", "at_shared"]
+__all__ = ["Kernel", "Pointers", "Put", "at_shared"]

@@ -10,7 +10,7 @@ from bitwright.codegen.tuning.space import Knob, Point, Rule, Setting
 from bitwright.codegen.tvm.cuda.operands import Matrix, Window
 from bitwright.codegen.tvm.cuda.store import Fragments
 
-Element = Literal["f16", "bf16", "s8", "s8u8", "u8s8", "u8"]
+Element = Literal["f16", "bf16", "s8", "s8u8", "u8s8", "u8", "f32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Product:
     @property
     def size(self) -> int:
         """Bytes of an element."""
-        return 2 if self.element in ("f16", "bf16") else 1
+        return {"f32": 4, "f16": 2, "bf16": 2}.get(self.element, 1)
 
     @property
     def rows(self) -> int:

@@ -19,7 +19,7 @@ from bitwright.codegen.tvm.template import Refused
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.target import in_bytes
-from bitwright.ir.types import BF16, F16, S8, U8, DType
+from bitwright.ir.types import BF16, F16, F32, S8, U8, DType
 from bitwright.ir.weights import Array
 
 _ELEMENTS: Mapping[tuple[DType, DType], Element] = {
@@ -35,8 +35,11 @@ def root_of(body: Graph) -> Node | None:
     return computing[0] if len(computing) == 1 and isinstance(computing[0].op, ops.CONTRACTION) else None
 
 
-def product_of(body: Graph, constants: Mapping[str, Array]) -> tuple[Node, Product] | Refused:
-    """The body's contraction and its product (dense), or why it is none that tensor cores do."""
+def product_of(body: Graph, constants: Mapping[str, Array], f32: bool = False) -> tuple[Node, Product] | Refused:
+    """The body's contraction and its product (dense), or why it is none that tensor cores do.
+
+    ``f32``: of f32, which they do not, instead.
+    """
     root = root_of(body)
     if root is None:
         return Refused("not a contraction with a pointwise epilogue")
@@ -50,9 +53,9 @@ def product_of(body: Graph, constants: Mapping[str, Array]) -> tuple[Node, Produ
     if any(body.types[o].shape != root.type.shape for o in body.outputs):
         return Refused("what follows the contraction changes the shape")
     x, w = (body.types[v].dtype for v in root.inputs[:2])
-    element = _ELEMENTS.get((in_bytes(w), in_bytes(x)))
+    element = _ELEMENTS.get((in_bytes(w), in_bytes(x))) if not f32 else "f32" if x == w == F32 else None
     if element is None:
-        return Refused(f"no tensor-core product of {x} by {w}")
+        return Refused(f"no product of {x} by {w}")
     acc = getattr(root.op, "acc", None)
     if acc is not None and acc.bits > 32:
         return Refused(f"sums of {acc}: tensor cores have 32 bits")
@@ -144,7 +147,7 @@ def rows_of(root: Node, weight: Array, p: Product) -> Array:
     elif isinstance(root.op, ops.MatMul | ops.IntMatMul) and not root.op.transpose_b:
         w = np.swapaxes(w, -1, -2)
     w = np.ascontiguousarray(w).reshape(p.batch, p.outs, -1)
-    if p.is_integer:
+    if p.size != 2:
         return w
     words = np.where(w == 0, np.zeros_like(w), w)
     return cast(Array, words.view(np.uint16))

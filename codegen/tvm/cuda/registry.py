@@ -13,6 +13,7 @@ def templates() -> dict[str, Template]:
     from bitwright.codegen.tvm.cuda.generic import CudaGeneric
     from bitwright.codegen.tvm.cuda.mma import Mma
     from bitwright.codegen.tvm.cuda.rows import CudaRows
+    from bitwright.codegen.tvm.cuda.simt import Simt
 
-    known: tuple[Template, ...] = (Mma(), CudaRows(), CudaGeneric())
+    known: tuple[Template, ...] = (Mma(), Simt(), CudaRows(), CudaGeneric())
     return {t.name: t for t in known}

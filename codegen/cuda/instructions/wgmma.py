@@ -44,6 +44,8 @@ OPERANDS = (
     Operands("bf16", "f32.bf16.bf16", 2, _BF16, _BF16, True, "HGMMA", 4),
     Operands("s8s8", "s32.s8.s8", 1, _S8, _S8, False, "IGMMA", 0),
     Operands("s8u8", "s32.s8.u8", 1, _S8, _U8, False, "IGMMA", 0),
+    Operands("u8s8", "s32.u8.s8", 1, _U8, _S8, False, "IGMMA", 0),
+    Operands("u8u8", "s32.u8.u8", 1, _U8, _U8, False, "IGMMA", 0),
     Operands("e4m3", "f32.e4m3.e4m3", 1, _E4M3, _E4M3, True, "QGMMA", 2),
 )
 

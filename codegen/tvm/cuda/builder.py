@@ -8,7 +8,7 @@ meaning stand in ``codegen/cuda/instructions``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -102,6 +102,16 @@ class CudaBuilder(Builder):
     def element(self, pointer: Pointer, index: Index = 0) -> Expr:
         """An element as an lvalue (a C++ reference), for :meth:`call`."""
         return tirx.BufferLoad(pointer.buffer, [pointer.offset + index])
+
+    # ---- control
+    def either(self, condition: Expr, first: Callable[[], None], second: Callable[[], None]) -> None:
+        """One ``if`` with two branches, each written by a function (``setmaxnreg`` wants roles to be one)."""
+        branches = []
+        for run in (first, second):
+            self._blocks.append([])
+            run()
+            branches.append(self._pop())
+        self.emit(tirx.IfThenElse(condition, *branches))
 
     # ---- instructions
     def sync(self) -> None:

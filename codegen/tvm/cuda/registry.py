@@ -14,6 +14,7 @@ def templates() -> dict[str, Template]:
     from bitwright.codegen.tvm.cuda.mma import Mma
     from bitwright.codegen.tvm.cuda.rows import CudaRows
     from bitwright.codegen.tvm.cuda.simt import Simt
+    from bitwright.codegen.tvm.cuda.wgmma import Wgmma
 
-    known: tuple[Template, ...] = (Mma(), Simt(), CudaRows(), CudaGeneric())
+    known: tuple[Template, ...] = (Wgmma(), Mma(), Simt(), CudaRows(), CudaGeneric())
     return {t.name: t for t in known}

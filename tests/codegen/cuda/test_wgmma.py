@@ -81,7 +81,7 @@ def numbers(o: Operands, shape: tuple[int, int], rng: np.random.Generator, right
         e, m = (raw >> 3 & 15).astype(np.int64), (raw & 7).astype(np.float64)
         size = np.where(e == 0, m / 8 * 2.0**-6, (1 + m / 8) * 2.0 ** (e - 7))
         return raw, np.where(raw & 0x80, -size, size)
-    unsigned = right and o.name == "s8u8"
+    unsigned = o.name[2:] == "u8" if right else o.name[:2] == "u8"
     whole = rng.integers(0, 256, shape).astype(np.uint8) if unsigned else rng.integers(-128, 128, shape).astype(np.int8)
     return whole, whole.astype(np.float64)
 

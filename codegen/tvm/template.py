@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from bitwright.codegen.tuning.space import Point, Space
+from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph, Value
 from bitwright.ir.target import Target
 from bitwright.ir.weights import Array
@@ -92,6 +93,17 @@ class Template:
     def verify(self, body: Graph, config: Config, constants: Mapping[str, Array], packed: list[Array]) -> str:
         """Unpack ``packed`` and compare with the constants: the empty string, or what differs."""
         return ""
+
+    def layout(self, config: Config) -> Mapping[str, Any]:
+        """What :meth:`unpack` must know of a configuration; of JSON's types."""
+        return {}
+
+    def unpack(self, layout: Mapping[str, Any], packed: list[Array], shape: tuple[int, ...]) -> Array:
+        """The weights of ``shape`` that packed arrays (flat) hold, to prove what a program says of them.
+
+        Raises :class:`InvalidInput` for a template that does not read them back.
+        """
+        raise InvalidInput(f"weights packed for {self.name} are not read back")
 
 
 def plain_args(body: Graph) -> tuple[Arg, ...]:

@@ -75,18 +75,26 @@ def _stored(kernel: Kernel, node: Node, built: Built) -> Stored:
     at = next(i for i, s in enumerate(made.steps) if s.label == kernel.node.output)
     args = list(zip(config.args, made.steps[at].args, made.places[at], strict=False))  # a scratch pointer may follow
     packed = [(place.offset, made.sizes[arg.buffer]) for a, arg, place in args if a.kind == "packed"]
+    places = tuple(
+        (offset, nbytes // np.dtype(t).itemsize, t)
+        for (offset, nbytes), t in zip(packed, kernel.packed_types, strict=True)
+    )
     if packed and hasattr(config, "spec"):
-        places = tuple(
-            (offset, nbytes // np.dtype(t).itemsize, t)
-            for (offset, nbytes), t in zip(packed, kernel.packed_types, strict=True)
-        )
         tiled = ("spec", "tile" if hasattr(config, "tile") else "knobs")
         decisions = {k: _plain(getattr(config, k)) for k in tiled}
         return Stored(layout=kernel.template, places=places, config=decisions)
     index = [v.name for v in body.inputs].index(node.inputs[1])
+    if packed and not any((a.kind, a.index) == ("input", index) for a, _, _ in args):
+        return Stored(layout=kernel.template, places=places, config=dict(_layout(kernel)))
     offset = next(place.offset for a, _, place in args if (a.kind, a.index) == ("input", index))
     t = body.types[node.inputs[1]]
     return Stored(layout="plain", places=((offset, t.size, t.dtype.numpy.name),))
+
+
+def _layout(kernel: Kernel) -> Mapping[str, Any]:
+    from bitwright.codegen.tvm.select import template_of
+
+    return template_of(kernel.template).layout(kernel.config)
 
 
 def _plain(value: Any) -> Any:
@@ -280,6 +288,10 @@ def _unpacked(c: Certificate, contents: Contents, shape: tuple[int, ...]) -> tup
         if arrays[0].size != int(np.prod(shape)):
             raise InvalidInput(f"it stores {arrays[0].size} weights, the contraction has {shape}")
         return arrays[0].reshape(shape), None
+    if c.stored.layout.startswith("cuda_"):
+        from bitwright.codegen.tvm.select import template_of
+
+        return template_of(c.stored.layout).unpack(c.stored.config, arrays, shape), None
     from bitwright.codegen.tvm import contract, lut
     from bitwright.codegen.tvm.lanes import packing
     from bitwright.codegen.tvm.lanes import spec as lanes

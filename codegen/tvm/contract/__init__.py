@@ -22,7 +22,9 @@ from bitwright.codegen.tvm.contract.choose import (
 from bitwright.codegen.tvm.contract.compact import is_shared
 from bitwright.codegen.tvm.contract.depthwise import emit_depthwise, pack_depthwise, unpack_depthwise
 from bitwright.codegen.tvm.contract.emit import contraction, emit_packed
+from bitwright.codegen.tvm.contract.engines import engine_of
 from bitwright.codegen.tvm.contract.epilogue import Epilogue, EpilogueParam, StoreAcc
+from bitwright.codegen.tvm.contract.flipped import FlippedBytes, lacking, with_signs, without_signs
 from bitwright.codegen.tvm.contract.packing import pack_weights, unpack_weights
 from bitwright.codegen.tvm.contract.runtime_right import emit_runtime_right
 from bitwright.codegen.tvm.contract.shared import emit_shared, pack_shared, unpack_shared
@@ -73,9 +75,11 @@ def pack(
     else:
         made = contraction(spec, knobs)
         arrays = pack_weights(spec, made.stored, made.layout, weight, mask)
+        arrays = with_signs(made.plan, arrays) if _flips(spec, knobs) else arrays
     if spec.init != (init is not None):
         raise InvalidInput("initial accumulators and spec.init do not agree")
     if init is not None:
+        init = init.reshape(spec.cols) + lacking(weight) if _flips(spec, knobs) else init
         arrays.append(np.ascontiguousarray(np.asarray(init, spec.acc_dtype.numpy).reshape(spec.cols)))
     return arrays
 
@@ -88,6 +92,7 @@ def unpack(spec: ContractSpec, knobs: Knobs, arrays: list[Array]) -> tuple[Array
     if is_shared(spec):
         return unpack_shared(spec, knobs, arrays)
     made = contraction(spec, knobs)
+    arrays = without_signs(made.plan, arrays) if _flips(spec, knobs) else arrays
     return unpack_weights(spec, made.stored, made.layout, arrays)
 
 
@@ -101,6 +106,11 @@ def emit(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str) -> Ker
     if is_shared(spec):
         return emit_shared(spec, knobs, epilogue, name)
     return emit_packed(spec, knobs, epilogue, name)
+
+
+def _flips(spec: ContractSpec, knobs: Knobs) -> bool:
+    """Whether products take the weights' signs to the activations (not those of compacted activations)."""
+    return not is_shared(spec) and spec.right == "constant" and isinstance(engine_of(spec, knobs), FlippedBytes)
 
 
 def _check(spec: ContractSpec, knobs: Knobs) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.codegen.tvm.contract.engine import Engine, Operand, engine_of
+from bitwright.codegen.tvm.contract.engine import Engine, Operand
+from bitwright.codegen.tvm.contract.engines import engine_of
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
 from bitwright.codegen.tvm.contract.spec import ContractSpec, Conv, KernelFunc, Knobs
 from bitwright.codegen.tvm.tir import (

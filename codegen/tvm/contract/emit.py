@@ -7,7 +7,8 @@ from math import ceil
 
 from bitwright.codegen.tvm.contract.address import emit_image, image_bytes, row_bases
 from bitwright.codegen.tvm.contract.choose import contraction_plan
-from bitwright.codegen.tvm.contract.engine import Engine, engine_of
+from bitwright.codegen.tvm.contract.engine import Engine
+from bitwright.codegen.tvm.contract.engines import engine_of
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
 from bitwright.codegen.tvm.contract.lowbit import scaled, unpack_panel
 from bitwright.codegen.tvm.contract.nest import Nest, nest_of

@@ -8,6 +8,7 @@ from math import prod
 
 from bitwright.codegen.tvm.contract.engine import Engine, Generic, Operand, PairBytes
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
+from bitwright.codegen.tvm.contract.flipped import FlippedBytes
 from bitwright.codegen.tvm.contract.plan import Block, Plan, Step
 from bitwright.codegen.tvm.contract.spec import Runs
 from bitwright.codegen.tvm.tir import Builder, Index, Pointer, Register, Vec, const, width
@@ -214,6 +215,8 @@ class _Tile:
     def _select_step(self, step: Step, windows: list[Vec], at: Cursor) -> None:
         for j in range(self.place.vectors):
             index, w = self._indices(step, at, j), self._weights(at, j)
+            if isinstance(self.writer.engine, FlippedBytes):
+                w = self.writer.engine.signless(w, self.writer.plan)
             for i, window in enumerate(windows):
                 self._mac(i, j, self.writer.engine.select(self.writer.b, window, index), w)
 

@@ -74,10 +74,14 @@ class Code:
 
 @dataclass(frozen=True)
 class Case:
-    """Values of all inputs of the body, and what the reference makes of them."""
+    """Values of all inputs of the body, and what the reference makes of them.
+
+    ``places``: of each output the flat positions that are known, and compared; all of them where there is nothing.
+    """
 
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
+    places: tuple[NDArray[np.int64], ...] = ()
 
 
 @dataclass(frozen=True)

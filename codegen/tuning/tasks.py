@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from bitwright.codegen.build import constants_of, nbytes_of, select
 from bitwright.codegen.cost import cost_of
+from bitwright.codegen.tuning.inputs import drawn
 from bitwright.codegen.tuning.measure import Case
 from bitwright.codegen.tuning.workload import describe, workload_key
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph
 from bitwright.ir.interpret import evaluate, to_numpy
 from bitwright.ir.target import Target
-from bitwright.ir.types import TensorType
 from bitwright.ir.weights import Array
 from bitwright.ir.work import macs
 
@@ -103,10 +101,13 @@ def features_of(body: Graph, constants: Mapping[str, Array], target: Target) -> 
 
 def cases_of(task: Task, seed: int) -> tuple[Case, ...]:
     """Fresh random inputs and adversarial ones from the workload's types, with the results of the reference."""
-    rng = np.random.default_rng([seed, *hashlib.blake2b(task.key.encode(), digest_size=8).digest()])
-    small = any(isinstance(n.op, _GATHERS) for n in task.body.nodes)
-    kinds = ("random", "random", "extremes")
-    return tuple(_case(task, [_values(v.type, kind, rng, small) for v in task.body.inputs]) for kind in kinds)
+    types = [v.type for v in task.body.inputs]
+    return tuple(_case(task, values) for values in drawn(task.key, types, gathers(task.body), seed))
+
+
+def gathers(body: Graph) -> bool:
+    """Whether inputs are used as indices."""
+    return any(isinstance(n.op, _GATHERS) for n in body.nodes)
 
 
 def _case(task: Task, values: Sequence[Array]) -> Case:
@@ -115,19 +116,6 @@ def _case(task: Task, values: Sequence[Array]) -> Case:
     with np.errstate(all="ignore"):
         outputs = [to_numpy(t) for t in evaluate(task.body, inputs)]
     return Case(tuple(map(np.ascontiguousarray, inputs)), tuple(map(np.ascontiguousarray, outputs)))
-
-
-def _values(t: TensorType, kind: str, rng: Any, small: bool) -> Array:
-    """``extremes``: only the format's ends (of floats: large values of both signs, and zeros)."""
-    shape, dtype = t.static_shape, t.dtype
-    if not dtype.is_integer:
-        drawn = rng.standard_normal(shape) if kind == "random" else rng.choice([-30.0, 0.0, 30.0, 1e-3], shape)
-        return np.asarray(drawn).astype(dtype.numpy)
-    if dtype.bits == 1:
-        return np.asarray(rng.integers(0, 2, shape)).astype(dtype.numpy)
-    low, high = (0, 1) if small and dtype.bits > 16 else (max(dtype.lo, -(1 << 20)), min(dtype.hi, 1 << 20))
-    drawn = rng.integers(low, high + 1, shape) if kind == "random" else rng.choice([low, high], shape)
-    return np.asarray(drawn).astype(dtype.numpy)
 
 
 def exactness(body: Graph) -> tuple[float, bool]:

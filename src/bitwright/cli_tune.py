@@ -41,6 +41,10 @@ def tune(
     jobs: Annotated[int | None, typer.Option(min=1, max=256, help="Compile workers; one per core.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of inputs and random candidates; else the time.")] = None,
     workers: Annotated[Where, typer.Option(help="Measure here, or on the nodes of a Ray cluster.")] = Where.local,
+    prepare: Annotated[
+        Path | None, typer.Option(help="Only compile candidates for a GPU elsewhere, into this new folder.")
+    ] = None,
+    candidates: Annotated[int, typer.Option(min=1, help="With --prepare: at most so many of each layer.")] = 32,
     show: Annotated[bool, typer.Option("--show", help="Show what the database holds.")] = False,
     merge: Annotated[Path | None, typer.Option(help="Add the records of another database.")] = None,
 ) -> None:
@@ -66,6 +70,14 @@ def tune(
         graph = load(model)
         made_up = calibrate == Path("synthetic") and not calibrate.exists()
         data = "synthetic" if made_up else cli_io.calibration(calibrate, graph)
+        if prepare is not None:
+            made = tuning.prepare(
+                graph, prepare, target=target, recipe=recipe, calibration=data, batch=batch, sizes=cli_io.sizes(size),
+                candidates=candidates, jobs=jobs, seed=seed or 0,
+            )  # fmt: skip
+            told = f"{made} candidates in {prepare}; where the device is: python -m bitwright.gpu_candidates {prepare}"
+            console.print(told, markup=False)
+            return
         try:
             with _progress(minutes) as tell:
                 result = tuning.tune(

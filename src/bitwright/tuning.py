@@ -88,11 +88,7 @@ def tune(
         raise InvalidInput(f"minutes must be 0 or more, not {minutes}")
     machine = resolve(target)
     measured_on = _measured_on(machine, workers)
-    graph, recipe, calibration = prepared(model, recipe, calibration, example_inputs, batch, sizes, budget)
-    data = fit_batches(graph, batches(calibration))
-    symbol, _ = batch_symbol(graph, batch)
-    lowered = lower(graph, recipe, machine, data)
-    bound = bind_graph(lowered.graph, dict.fromkeys(graph.symbols, batch)) if symbol else lowered.graph
+    bound = _bound(model, machine, recipe, calibration, example_inputs, batch, sizes, budget)
     goal = _goal(machine, measured_on, seed)
     with Database(Path(records)) as database:
         tasks = tasks_of(bound, machine)
@@ -107,6 +103,54 @@ def tune(
             states, tried = Search(database, _Nothing(), goal, tasks).states, 0
         rows = _rows(database, goal, states)
     return Tuned(Path(records), rows, *_compared(bound, machine, Path(records)), tried)
+
+
+def prepare(
+    model: Any,
+    folder: str | Path,
+    *,
+    target: str | Target = "cuda-sm90",
+    recipe: Recipe = "float",
+    calibration: Any = None,
+    example_inputs: Any = None,
+    batch: int = 1,
+    sizes: Mapping[str, int] | None = None,
+    budget: str = "",
+    candidates: int = 32,
+    jobs: int | None = None,
+    seed: int = 0,
+) -> int:
+    """Compile at most ``candidates`` kernels of each layer for a GPU that is elsewhere, into a new ``folder``.
+
+    Other arguments as of :func:`tune`. ``python -m bitwright.gpu_candidates FOLDER`` measures them on that machine.
+    Returns how many there are. Raises :class:`InvalidInput` for a target that is no GPU.
+    """
+    from bitwright import gpu_candidates
+
+    machine = resolve(target)
+    if machine.kind != "gpu":
+        raise InvalidInput(f"candidates are prepared for GPUs, and target {machine.name} is none: leave --prepare out")
+    bound = _bound(model, machine, recipe, calibration, example_inputs, batch, sizes, budget)
+    tasks = tasks_of(bound, machine)
+    return gpu_candidates.prepare(tasks, machine, folder, most=candidates, seed=seed, jobs=jobs)
+
+
+def _bound(
+    model: Any,
+    machine: Target,
+    recipe: Recipe,
+    calibration: Any,
+    example_inputs: Any,
+    batch: int,
+    sizes: Mapping[str, int] | None,
+    budget: str,
+) -> Graph:
+    """The model at kernel level with all sizes fixed."""
+    graph, recipe, calibration = prepared(model, recipe, calibration, example_inputs, batch, sizes, budget)
+    data = fit_batches(graph, batches(calibration))
+    symbol, _ = batch_symbol(graph, batch)
+    lowered = lower(graph, recipe, machine, data)
+    return bind_graph(lowered.graph, dict.fromkeys(graph.symbols, batch)) if symbol else lowered.graph
 
 
 def bench_of(workers: str, machine: Target, jobs: int | None) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.dlpack import from_dlpack
 
 import bitwright as bw
 from bitwright.gpu_emulation import EmulatedDriver
@@ -79,7 +80,7 @@ def test_tensors_of_the_device_are_used_where_they_lie(program: CudaProgram) -> 
     x = torch.from_numpy(rows(8))
     got = program.run(x)
     assert all(isinstance(g, DeviceArray) for g in got)
-    shared = [torch.from_dlpack(g) for g in got]
+    shared = [from_dlpack(g) for g in got]
     assert [t.data_ptr() for t in shared] == [g.address for g in got]
     close(shared, rows(8))
 
@@ -103,7 +104,7 @@ def test_arrays_at_odd_addresses_are_copied_to_even_ones(program: CudaProgram) -
 def test_a_recorded_run_reads_its_arrays_anew(program: CudaProgram, count: int) -> None:
     x = torch.zeros(count, 3)
     recorded = program.record(x)
-    y = [torch.from_dlpack(o) for o in recorded.outputs]
+    y = [from_dlpack(o) for o in recorded.outputs]
     for seed in range(2):
         values = rows(count) + seed
         x.copy_(torch.from_numpy(values))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.types import BF16
@@ -32,7 +33,7 @@ class Shared:
 @pytest.mark.parametrize("kind", ["float32", "float16", "float64", "int8", "uint8", "int32", "int64", "bool"])
 def test_formats_come_and_go(kind: str) -> None:
     array = np.arange(6).reshape(2, 3).astype(kind)
-    tensor = torch.from_dlpack(Shared(array))
+    tensor = from_dlpack(Shared(array))
     assert tensor.data_ptr() == array.ctypes.data
     assert (tensor.numpy() == array).all()
     found = dlpack.view_of(tensor, 0)
@@ -45,7 +46,7 @@ def test_bfloat16_comes_and_goes() -> None:
     found = dlpack.view_of(tensor, 0)
     assert found.dtype == BF16.numpy
     array = np.arange(4).astype(BF16.numpy)
-    assert torch.from_dlpack(Shared(array)).tolist() == [0, 1, 2, 3]
+    assert from_dlpack(Shared(array)).tolist() == [0, 1, 2, 3]
 
 
 def test_gaps_and_offsets_are_seen() -> None:
@@ -58,7 +59,7 @@ def test_gaps_and_offsets_are_seen() -> None:
 
 def test_what_a_capsule_keeps_goes_with_its_reader_or_with_itself() -> None:
     before = len(dlpack._alive)
-    tensor = torch.from_dlpack(Shared(np.zeros(3, np.float32)))
+    tensor = from_dlpack(Shared(np.zeros(3, np.float32)))
     unread = Shared(np.zeros(3, np.float32)).__dlpack__()
     assert len(dlpack._alive) == before + 2
     del tensor, unread

@@ -28,23 +28,27 @@ METHOD = (
 )
 
 COMPILE = """
-import json, sys, time
+import json, resource, sys, time
 sys.path[:0] = {paths!r}
 import models
 import bitwright as bw
+def cpu():
+    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 it = models.subject({model!r})
 print("ready", flush=True)
 sys.stdin.readline()
-began = time.perf_counter()
+began, own = time.perf_counter(), cpu()
 graph = bw.capture(it.module, it.inputs)
 captured = time.perf_counter() - began
 program = bw.compile(graph, recipe={recipe!r}, calibration=it.calibration, cache_dir={cache!r})
-seconds = time.perf_counter() - began
+seconds, used = time.perf_counter() - began, cpu() - own
 program.save({output!r})
-began = time.perf_counter()
+began, own = time.perf_counter(), cpu()
 bw.compile(graph, recipe={recipe!r}, calibration=it.calibration, cache_dir={cache!r})
 passes = sorted(((round(r.seconds, 2), r.name) for r in program.report.passes), reverse=True)[:6]
 print(json.dumps({{"seconds": seconds, "capture_seconds": captured, "warm_seconds": time.perf_counter() - began,
+                   "cpu_seconds": used, "warm_cpu_seconds": cpu() - own,
                    "passes": passes, "kernels": program.report.figures}}))
 """
 

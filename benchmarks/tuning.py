@@ -1,20 +1,24 @@
-"""What ``bitwright tune`` gains on whole models: tuned against untuned programs, and how near it comes to the best known.
+"""What ``bitwright tune`` gains on whole models: tuned against untuned programs, and the share of the best known.
 
-    python benchmarks/tuning.py [--models efficientnet_b0,unet] [--minutes 10] [--folder DIR] [--quick] [--dry]
+    python benchmarks/tuning.py [--models resnet50] [--minutes 10] [--known 10] [--folder DIR] [--quick] [--dry]
 
-Every model is tuned into a database of its own below ``--folder`` (kept, so that a second run goes on from it), then
-the untuned and the tuned program run in interleaved rounds on one core. Both programs' outputs are compared. ``share
-of the best``: sum of the kernels' times with the best records of this database over that with the best of all
-databases in the folder (each layer as often as it runs); 100 % where no other run knows better.
+Every model is tuned into a database of its own below ``--folder`` (kept: a second run goes on from it, and with
+``--minutes 0`` only compares), then the untuned and the tuned program run in interleaved rounds on one core, and their
+outputs are compared. ``--known N``: tune for N minutes more into a second database, so that "share of the best" says
+something: the kernels' times by the best records of all databases in the folder over those by the first one's, each
+layer as often as it runs. Results are kept by model, so models can be measured in several runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import getpass
+import json
+import os
 import statistics
+import subprocess
 import tempfile
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +36,8 @@ from bitwright.codegen.tuning.workload import target_key
 from bitwright.codegen.tvm.select import version
 from bitwright.pipeline import lower
 
-MODELS = ("efficientnet_b0", "regnet_y", "mobilenet_v2", "unet", "convnext_tiny", "resnet50", "minilm")
-"""Depthwise and grouped convolutions, odd channel counts, large images, then what the defaults were made on."""
+MODELS = ("efficientnet_b0", "mobilevit", "regnet_y", "segformer_b0", "mobilenet_v2")
+"""Depthwise and grouped convolutions, exponentials behind products, odd channel counts: where defaults are weak."""
 METHOD = (
     "One thread, one core, batch 1, int8. Tuned over untuned time of the whole program: median (quartiles) of "
     "interleaved rounds, min(wall, CPU of the thread)."
@@ -111,10 +115,13 @@ class Gain:
     high: float
     error: float
     tried: int
-    seconds: float
+    """Candidates in the database, measured or failed."""
     chosen: int
     kernels: int
-    share: float = 1.0
+    date: str
+    commit: str
+    load: float
+    share: float | None = None
 
 
 def gain(name: str, minutes: float, folder: Path, rounds: int, core: int) -> Gain:
@@ -122,9 +129,7 @@ def gain(name: str, minutes: float, folder: Path, rounds: int, core: int) -> Gai
     it = subject(name)
     graph = bw.capture(it.module, it.inputs)
     records = folder / f"{name}.sqlite"
-    began = time.perf_counter()
-    found = bw.tune(graph, records=records, minutes=minutes, recipe="int8", calibration=it.calibration)
-    seconds = time.perf_counter() - began
+    bw.tune(graph, records=records, minutes=minutes, recipe="int8", calibration=it.calibration)
     untuned = bw.compile(graph, recipe="int8", calibration=it.calibration)
     tuned = bw.compile(graph, recipe="int8", calibration=it.calibration, records=records)
     inputs = it.arrays
@@ -133,10 +138,28 @@ def gain(name: str, minutes: float, folder: Path, rounds: int, core: int) -> Gai
     times = tables.race(calls, rounds=rounds, sample=0.05, core=core)
     ratios = sorted(a / b for a, b in zip(times.rounds["tuned"], times.rounds["untuned"], strict=True))
     quarter = len(ratios) // 4
+    with Database(records, write=False) as database:
+        tried = len(database.records(target=target_key(resolve("host"), cpu_name()), compiler=version()))
     return Gain(
         name, times.median("untuned"), times.median("tuned"), statistics.median(ratios), ratios[quarter],
-        ratios[-1 - quarter], error, found.tried, seconds, len(tuned.manifest.tuning), len(tuned.manifest.steps),
+        ratios[-1 - quarter], error, tried, len(tuned.manifest.tuning), len(tuned.manifest.steps),
+        datetime.datetime.now().isoformat(timespec="minutes"), commit(), round(os.getloadavg()[0], 1),
     )  # fmt: skip
+
+
+def commit() -> str:
+    """The checkout's, shortened; the empty string outside of one."""
+    line = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def again(name: str, minutes: float, folder: Path) -> None:
+    """Tune into a second database, which starts from what the first one knows."""
+    it, second = subject(name), folder / f"{name}.second.sqlite"
+    with Database(second) as database, Database(folder / f"{name}.sqlite", write=False) as first:
+        database.merge(first)
+    graph = bw.capture(it.module, it.inputs)
+    bw.tune(graph, records=second, minutes=minutes, recipe="int8", calibration=it.calibration)
 
 
 def share(name: str, folder: Path) -> float:
@@ -164,20 +187,33 @@ def row(g: Gain) -> list[str]:
     """One line of the table."""
     spread = f"{g.ratio:.3f} ({g.low:.3f} to {g.high:.3f})"
     return [g.model, f"{g.untuned * 1e3:.3f}", f"{g.tuned * 1e3:.3f}", spread, f"{g.chosen} of {g.kernels}",
-            str(g.tried), f"{g.seconds / 60:.1f}", f"{g.error:.1e}", f"{g.share:.1%}"]  # fmt: skip
+            str(g.tried), f"{g.error:.1e}", "" if g.share is None else f"{g.share:.1%}",
+            f"{g.date} at {g.commit}, load {g.load}"]  # fmt: skip
 
 
-HEADS = ["model", "untuned ms", "tuned ms", "tuned over untuned", "kernels by records", "candidates tried", "minutes",
-         "difference of outputs", "share of the best"]  # fmt: skip
+HEADS = ["model", "untuned ms", "tuned ms", "tuned over untuned", "kernels by records", "candidates",
+         "difference of outputs", "share of the best", "measured"]  # fmt: skip
+
+
+def keep(gains: list[Gain], env: dict[str, Any]) -> None:
+    """Write these models' results beside those of other models."""
+    path = tables.RESULTS / "tuning.json"
+    known = json.loads(path.read_text())["models"] if path.exists() else []
+    new = {g.model for g in gains}
+    found = sorted([*(Gain(**k) for k in known if k["model"] not in new), *gains], key=lambda g: g.ratio)
+    text = tables.heading("What tuning gains on whole models", env, METHOD) + "\n"
+    text += tables.markdown(HEADS, list(map(row, found)))
+    tables.save("tuning", text, {"environment": env, "models": [asdict(g) for g in found]})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--minutes", type=float, default=10.0, help="of tuning, a model")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of tuning, a model")
+    parser.add_argument("--known", type=float, default=0.0, help="minutes of tuning into a second database")
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--folder", help="of the databases (default: one of this user's in the temporary folder)")
-    parser.add_argument("--quick", action="store_true", help="half a minute a model, two models")
+    parser.add_argument("--quick", action="store_true", help="half a minute a model, two models, no results")
     parser.add_argument("--core", type=int)
     parser.add_argument("--dry", action="store_true", help="write no results")
     args = parser.parse_args()
@@ -188,17 +224,13 @@ def main() -> None:
     env = tables.environment(peers.versions())
     gains = []
     for name in names:
-        g = gain(name, min(args.minutes, 0.5) if args.quick else args.minutes, folder, args.rounds, core)
-        gains.append(replace(g, share=share(name, folder)))
+        gains.append(gain(name, min(args.minutes, 0.5) if args.quick else args.minutes, folder, args.rounds, core))
+        if args.known > 0:
+            again(name, args.known, folder)
+            gains[-1] = replace(gains[-1], share=share(name, folder))
         print("  ".join(row(gains[-1])), flush=True)
-    text = (
-        tables.heading("What tuning gains on whole models", env, METHOD)
-        + "\n"
-        + tables.markdown(HEADS, list(map(row, gains)))
-    )
-    print(text)
-    if not (args.dry or args.quick):
-        tables.save("tuning", text, {"environment": env, "models": [asdict(g) for g in gains]})
+        if not (args.dry or args.quick):
+            keep(gains, env)
 
 
 if __name__ == "__main__":

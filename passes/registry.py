@@ -36,6 +36,7 @@ PASSES: Mapping[str, str] = {
     "equalize-layers": "precision.equalize_layers:EqualizeLayers",
     "assign-precision": "precision.assign_precision:AssignPrecision",
     "quantize-weights": "precision.quantize_weights:QuantizeWeights",
+    "codebook-weights": "precision.codebook_weights:CodebookWeights",
     "quantize-channels": "precision.quantize_channels:QuantizeChannels",
     "dynamic-quantize": "precision.dynamic_quantize:DynamicQuantize",
     "quantize-floats": "precision.quantize_floats:QuantizeFloats",

@@ -125,7 +125,7 @@ def test_energy_is_proportional_to_active_gates_where_resting_is_free() -> None:
     [
         ('active = "4 fJ"', 'active = "4 fB"', r"gx:2\d: options.gates.active: .* is not a quantity"),
         ("resting", "rests", r"options.gates.rests"),
-        ("[options.gates]", "[options.gate]", r"no device has gate; options are words, gates, cells"),
+        ("[options.gates]", "[options.gate]", r"no device has gate; options are words, gates, cells, tables"),
         ("%w: ternary", "%w: s4", r"gx:2\d: options.gates: gates multiply ternary by ternary, gxnor something else"),
     ],
 )

@@ -12,7 +12,7 @@ from bitwright.ir.errors import InvalidInput
 from bitwright.ir.numerics import safe_terms
 from bitwright.ir.types import BIPOLAR, NM, TERNARY
 
-OPTIONS = ("words", "gates", "cells")
+OPTIONS = ("words", "gates", "cells", "tables")
 """Tables of ``[options]``."""
 Problem = tuple[tuple[Any, ...], str]
 
@@ -60,6 +60,8 @@ def _options(device: Device) -> list[Problem]:
         out.append(
             (("options.cells", "levels"), f"pairs of cells read as {reach}: too wide for w of {', '.join(narrow)}")
         )
+    if device.tables is not None and (signed := [i.name for i in device.instruction if i.parsed.x.kind != "uint"]):
+        out.append((("options.tables",), f"digits are those of unsigned activations, {', '.join(signed)} takes others"))
     return out + ([] if device.words is None else list(word_problems(device, device.words)))
 
 

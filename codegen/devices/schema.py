@@ -19,6 +19,7 @@ from bitwright.ir.types import S32, U8
 if TYPE_CHECKING:
     from bitwright.codegen.devices.cells import Cells
     from bitwright.codegen.devices.gates import Gates
+    from bitwright.codegen.devices.tables import Tables
     from bitwright.codegen.devices.words import WordFormat
 
 
@@ -111,7 +112,7 @@ class Device(_Table):
     instruction: Annotated[tuple[Instruction, ...], Field(min_length=1)]
     options: dict[str, Any] = Field(default_factory=dict)
     """What only some devices have: ``words`` with lanes of several widths, ``gates`` that rest, ``cells`` that may be
-    stuck."""
+    stuck, ``tables`` of products."""
 
     @cached_property
     def words(self) -> WordFormat | None:
@@ -133,6 +134,13 @@ class Device(_Table):
         from bitwright.codegen.devices.cells import Cells
 
         return Cells.model_validate(self.options["cells"]) if "cells" in self.options else None
+
+    @cached_property
+    def tables(self) -> Tables | None:
+        """``[options.tables]``: products that are looked up; raises :class:`pydantic.ValidationError`."""
+        from bitwright.codegen.devices.tables import Tables
+
+        return Tables.model_validate(self.options["tables"]) if "tables" in self.options else None
 
     @property
     def area(self) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.codegen.devices.schema import Device, Instruction
+from bitwright.codegen.devices.tables import Codebooks, books
 from bitwright.codegen.devices.words import Words, plan, told
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
@@ -41,13 +42,15 @@ class Work:
 class Selected:
     """An instruction for a contraction: its steps, and why it is the one. No instruction: the vector unit.
 
-    ``words``: the outputs by width, where the device's words hold several; ``instruction`` is then the widest."""
+    ``words``: the outputs by width, where the device's words hold several; ``instruction`` is then the widest.
+    ``books``: the weights' codebooks, where products are looked up."""
 
     work: Work
     instruction: Instruction | None
     steps: int
     reason: str
     words: Words | None = None
+    books: Codebooks | None = None
 
     @property
     def names(self) -> str:
@@ -93,6 +96,11 @@ def select(node: Node, body: Graph, weight: Array | None, device: Device) -> Sel
         return why
     if device.words is not None:
         return _in_words(node, body, work, weight, device)
+    made: Codebooks | str | None = None
+    if device.tables is not None:
+        made = books(weight, device.tables) if weight is not None else "codebooks are of constant weights"
+        if isinstance(made, str):
+            return made
     found: list[tuple[float, int, Instruction, str]] = []
     refused = []
     for i in device.instruction:
@@ -106,7 +114,9 @@ def select(node: Node, body: Graph, weight: Array | None, device: Device) -> Sel
         return "; ".join(refused)
     cycles, steps, best, told = min(found, key=lambda f: (f[0], f[2].name))
     others = [f"{i.name} takes {c / cycles:.2g}x" for c, _, i, _ in found if i is not best]
-    return Selected(work, best, steps, "; ".join([told, *others]))
+    if made is not None:
+        others.insert(0, f"{len(made.values)} tables")
+    return Selected(work, best, steps, "; ".join([told, *others]), books=made)
 
 
 def _not_in_cells(weight: Array | None, levels: int) -> str:

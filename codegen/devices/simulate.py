@@ -17,6 +17,7 @@ from bitwright.codegen.devices.contract import product, product_in_words
 from bitwright.codegen.devices.gates import Activity, GatedSums
 from bitwright.codegen.devices.schema import Device
 from bitwright.codegen.devices.select import Selected, cure_of, select, work_of
+from bitwright.codegen.devices.tables import TableSums
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput, Problem, Unsupported
 from bitwright.ir.graph import Graph, Node
@@ -127,6 +128,14 @@ def _layer(node: Node, graph: Graph, device: Device, chosen: Mapping[str, Select
     for n in body.nodes:
         if (found := chosen.get(n.output)) is not None and found.words is not None:
             bytes_[n.inputs[1]] = found.words.stored_bytes(found.work.taps * found.work.channels)
+        if (
+            found is not None
+            and found.books is not None
+            and device.tables is not None
+            and found.instruction is not None
+        ):
+            terms, bits = found.work.taps * found.work.channels, found.instruction.parsed.w.bits
+            bytes_[n.inputs[1]] = found.books.stored_bytes(terms, device.tables, bits)
     weight_bytes = float(sum(map(ceil, bytes_.values())))
     activations = [v.type for v in body.inputs if v.name not in constant] + [body.types[o] for o in body.outputs]
     activation_bytes = sum(stored_bytes(t) for t in activations)
@@ -143,6 +152,10 @@ def _layer(node: Node, graph: Graph, device: Device, chosen: Mapping[str, Select
             steps += selected.steps
             cycles += selected.steps * selected.instruction.cycles
             energy += selected.energy
+            if selected.books is not None and device.tables is not None:
+                filled = len(selected.books.values) * device.tables.filled
+                cycles += filled * device.tables.fill_cycles
+                energy += filled * device.tables.fill_energy
         elif not isinstance(n.op, ops.Constant):
             count = selected.work.macs if selected is not None else sum(t.size for t in n.types)
             cycles += count * device.vector.cycles
@@ -216,6 +229,9 @@ def _region(made: Schedule, node: Node, values: dict[str, Any], activity: Activi
             inner[n.output] = to_torch(body.constant(n.output))
         elif selected is not None and selected.words is not None:
             inner[n.output] = product_in_words(n, selected.words, *(inner[x] for x in n.inputs))
+        elif selected is not None and selected.instruction is not None and made.device.tables is not None:
+            looked = TableSums(made.device.tables)
+            inner[n.output] = product(n, selected.instruction, *(inner[x] for x in n.inputs), sums=looked)
         elif selected is not None and selected.instruction is not None and made.device.gates is not None:
             sums = GatedSums()
             inner[n.output] = product(n, selected.instruction, inner[n.inputs[0]], inner[n.inputs[1]], sums=sums)

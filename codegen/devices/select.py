@@ -96,11 +96,12 @@ def select(node: Node, body: Graph, weight: Array | None, device: Device) -> Sel
         return why
     if device.words is not None:
         return _in_words(node, body, work, weight, device)
-    made: Codebooks | str | None = None
+    made = None
     if device.tables is not None:
-        made = books(weight, device.tables) if weight is not None else "codebooks are of constant weights"
-        if isinstance(made, str):
-            return made
+        covered = books(weight, device.tables) if weight is not None else "codebooks are of constant weights"
+        if isinstance(covered, str):
+            return covered
+        made = covered
     found: list[tuple[float, int, Instruction, str]] = []
     refused = []
     for i in device.instruction:

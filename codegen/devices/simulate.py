@@ -231,7 +231,7 @@ def _region(made: Schedule, node: Node, values: dict[str, Any], activity: Activi
             inner[n.output] = product_in_words(n, selected.words, *(inner[x] for x in n.inputs))
         elif selected is not None and selected.instruction is not None and made.device.tables is not None:
             looked = TableSums(made.device.tables)
-            inner[n.output] = product(n, selected.instruction, *(inner[x] for x in n.inputs), sums=looked)
+            inner[n.output] = product(n, selected.instruction, inner[n.inputs[0]], inner[n.inputs[1]], sums=looked)
         elif selected is not None and selected.instruction is not None and made.device.gates is not None:
             sums = GatedSums()
             inner[n.output] = product(n, selected.instruction, inner[n.inputs[0]], inner[n.inputs[1]], sums=sums)

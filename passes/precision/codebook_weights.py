@@ -105,7 +105,7 @@ def codebook(mass: Array, entries: int) -> Array:
         """Of the runs [first, last] for every first."""
         m, s, q = (t[last + 1] - t[: last + 1] for t in sums)
         mean = np.rint(np.divide(s, m, out=np.zeros_like(s), where=m > 0))
-        return np.maximum(q - 2 * mean * s + mean**2 * m, 0.0)
+        return np.asarray(np.maximum(q - 2 * mean * s + mean**2 * m, 0.0))
 
     runs = [costs(last) for last in range(n)]
     best = np.concatenate([[0.0], [r[0] for r in runs]])

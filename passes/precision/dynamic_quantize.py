@@ -59,7 +59,7 @@ class DynamicQuantize(Pass):
         for n in graph.nodes:
             if not isinstance(n.op, ops.Linear) or not selected(self.only, self.except_, graph, n):
                 continue
-            if context.target is not None and context.target.kind != "cpu":
+            if context.target is not None and context.target.kind not in ("cpu", "gpu"):
                 reason = f"target {context.target.name} has no kernels for codes found at run time"
                 context.refuse(self.name, layer_of(graph, n), reason, "quantize-int8 with calibration data")
             elif why := _why_not(graph, n):

@@ -10,11 +10,13 @@ from bitwright.codegen.tvm.template import Template
 @cache
 def templates() -> dict[str, Template]:
     """Every GPU template by name."""
+    from bitwright.codegen.tvm.cuda.dynamic import CudaDynamic
     from bitwright.codegen.tvm.cuda.generic import CudaGeneric
+    from bitwright.codegen.tvm.cuda.lowbit.template import CudaLowbit
     from bitwright.codegen.tvm.cuda.mma import Mma
     from bitwright.codegen.tvm.cuda.rows import CudaRows
     from bitwright.codegen.tvm.cuda.simt import Simt
     from bitwright.codegen.tvm.cuda.wgmma import Wgmma
 
-    known: tuple[Template, ...] = (Wgmma(), Mma(), Simt(), CudaRows(), CudaGeneric())
+    known: tuple[Template, ...] = (CudaLowbit(), Wgmma(), Mma(), Simt(), CudaDynamic(), CudaRows(), CudaGeneric())
     return {t.name: t for t in known}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -28,21 +28,25 @@ class GpuBatch:
     cases: Sequence[Case]
     weights: Sequence[str] = ()
     sm: int = 90
-    configs: list[CudaConfig] = field(default_factory=list)
 
     def constants(self, case: Case) -> dict[str, Array]:
         return {k: v for k, v in case.inputs.items() if k in self.weights}
 
     @cached_property
-    def functions(self) -> list[object]:
-        """The finished kernels."""
+    def configs(self) -> list[CudaConfig]:
+        """What the template decides."""
         made = []
-        for i, c in enumerate(self.cases):
+        for c in self.cases:
             config = self.template.configure(c.body, self.constants(c), SM90 if self.sm == 90 else SM80)
             assert isinstance(config, CudaConfig), (c.label, config)
-            self.configs.append(config)
-            made.append(self.template.emit(c.body, config, f"k{i}"))
+            made.append(config)
         return made
+
+    @cached_property
+    def functions(self) -> list[object]:
+        """The finished kernels."""
+        pairs = zip(self.cases, self.configs, strict=True)
+        return [self.template.emit(c.body, k, f"k{i}") for i, (c, k) in enumerate(pairs)]
 
     @cached_property
     def text(self) -> str:

@@ -1,0 +1,193 @@
+"""Kernel template: linear layers of s8 codes and low-bit weights with group scales, for few and for many rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from bitwright.codegen.tvm.contract_template import root_of
+from bitwright.codegen.tvm.cuda.builder import CudaBuilder
+from bitwright.codegen.tvm.cuda.config import CudaConfig
+from bitwright.codegen.tvm.cuda.lowbit import packing
+from bitwright.codegen.tvm.cuda.lowbit.emit import Kernel, Operands
+from bitwright.codegen.tvm.cuda.lowbit.spec import LowbitSpec, refusal
+from bitwright.codegen.tvm.cuda.store import RowEpilogue
+from bitwright.codegen.tvm.generic_eval import memory
+from bitwright.codegen.tvm.pointwise import why_unsupported
+from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
+from bitwright.ir import ops
+from bitwright.ir.graph import Graph, Node
+from bitwright.ir.target import Target
+from bitwright.ir.types import BF16, F32, NM, S8, U16, U32, DType
+from bitwright.ir.weights import Array
+
+_MULTIPROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class LowbitConfig(CudaConfig):
+    """The layer; ``others`` are the positions of the body's inputs that are not packed."""
+
+    spec: LowbitSpec = None  # type: ignore[assignment]
+    others: tuple[int, ...] = ()
+
+
+class CudaLowbit(Template):
+    """group_linear with constant weights and a pointwise epilogue."""
+
+    name: ClassVar[str] = "cuda_lowbit"
+
+    def configure(self, body: Graph, constants: Mapping[str, Array], target: Target) -> Config | Refused:
+        """Takes weights of up to 8 bits in groups of multiples of 16, or with one scale an output."""
+        root = root_of(body)
+        if root is None or not isinstance(root.op, ops.GroupLinear):
+            return Refused("no linear layer with group scales")
+        if why := _operands(body, root, constants):
+            return Refused(why)
+        spec = _spec(body, root, constants)
+        if why := refusal(spec):
+            return Refused(why)
+        spec = _spread(spec)
+        packed = set(root.inputs[2:])
+        others = tuple(i for i, v in enumerate(body.inputs) if v.name not in packed)
+        count = 3 if spec.zeros else 2
+        args = [*(Arg("input", i) for i in others), *(Arg("packed", i) for i in range(count))]
+        return LowbitConfig(
+            args=(*args, *(Arg("output", i) for i in range(len(body.outputs)))), mcpu=target.mcpu, spec=spec,
+            threads=32 * spec.warps_k * spec.warps_o, grid=spec.blocks, others=others, reason=_reason(spec),
+        )  # fmt: skip
+
+    def pack(self, body: Graph, config: Config, constants: Mapping[str, Array]) -> list[Array]:
+        assert isinstance(config, LowbitConfig)
+        codes, scale, zero = _constants(body, constants)
+        out = [packing.pack(config.spec, codes), packing.pack_groups(config.spec, _plain(scale))]
+        return [*out, *([packing.pack_groups(config.spec, zero)] if zero is not None else [])]
+
+    def verify(self, body: Graph, config: Config, constants: Mapping[str, Array], packed: list[Array]) -> str:
+        assert isinstance(config, LowbitConfig)
+        codes, scale, zero = _constants(body, constants)
+        if not np.array_equal(packing.unpack(config.spec, packed[0]), codes):
+            return "the packed weights do not unpack to the weights"
+        want = [_plain(scale), *([zero] if zero is not None else [])]
+        same = (np.array_equal(packing.pack_groups(config.spec, a), b) for a, b in zip(want, packed[1:], strict=True))
+        return "" if all(same) else "packed scales or zero points differ"
+
+    def kernel_body(self, body: Graph) -> Graph:
+        """The body without the size of the group, which the spec knows."""
+        root = root_of(body)
+        assert root is not None
+        plain = replace(root, op=ops.GroupLinear())
+        return replace(body, nodes=tuple(plain if n is root else n for n in body.nodes))
+
+    def emit(self, body: Graph, config: Config, symbol: str) -> Any:
+        assert isinstance(config, LowbitConfig)
+        root, spec = root_of(body), config.spec
+        assert root is not None
+        b = CudaBuilder(symbol, grid=config.grid, threads=config.threads)
+        inputs = {}
+        for i in config.others:
+            t = body.inputs[i].type
+            inputs[body.inputs[i].name] = b.param(f"x{i}", memory(t.dtype), t.size)
+        weights = b.param("weights", U32, spec.weight_words)
+        each = spec.tiles * 16 * spec.groups
+        scales = b.param("scales", F32 if spec.wide_scales else U16, each)
+        zeros = b.param("zeros", S8, each) if spec.zeros else None
+        types = [body.types[o] for o in body.outputs]
+        outputs = [b.param(f"y{i}", memory(t.dtype), t.size) for i, t in enumerate(types)]
+        operands = Operands(inputs[root.inputs[0]], inputs[root.inputs[1]], weights, scales, zeros)
+        epilogue = RowEpilogue(b, body, root, inputs, outputs)
+        Kernel(b, spec, operands).run(epilogue, body, root)
+        return b.finish()
+
+
+def _operands(body: Graph, root: Node, constants: Mapping[str, Array]) -> str:
+    """Why the operands do not fit, or the empty string."""
+    inputs = {v.name for v in body.inputs}
+    if any(x not in constants for x in root.inputs[2:]):
+        return "weights or their scales are computed"
+    if any(x not in inputs for x in root.inputs):
+        return "an operand is a literal or computed in the same kernel"
+    if not all(t.is_static for t in body.types.values()):
+        return "symbolic sizes"
+    rest = [n for n in body.nodes if n is not root and not isinstance(n.op, ops.Constant)]
+    if any(x in n.inputs for n in rest for x in root.inputs[2:]):
+        return "the weights are used behind the product, too"
+    if any(body.types[o].shape != root.type.shape for o in body.outputs):
+        return "a result has another shape than the product"
+    for n in rest:
+        if why := why_unsupported(n.op, [body.types[x].dtype for x in n.inputs]):
+            return f"epilogue: {why}"
+    return ""
+
+
+def _spec(body: Graph, root: Node, constants: Mapping[str, Array]) -> LowbitSpec:
+    assert isinstance(root.op, ops.GroupLinear)
+    x, w = (body.types[root.inputs[i]] for i in (0, 2))
+    outputs, depth = w.static_shape
+    codes, _, zero = _constants(body, constants)
+    spec = LowbitSpec(
+        math.prod(x.static_shape[:-1]), outputs, depth, root.op.group if root.op.group < depth else 0, _bits(w.dtype),
+        body.types[root.inputs[3]].dtype != BF16, zero is not None, False,
+    )  # fmt: skip
+    pattern = isinstance(w.encoding, NM) and spec.bits > 2 and zero is None
+    return replace(spec, sparse=pattern and _two_of_four(codes))
+
+
+def _two_of_four(codes: Array) -> bool:
+    """At most two of every four consecutive inputs are not zero."""
+    padded = np.pad(codes != 0, ((0, 0), (0, -codes.shape[1] % 4)))
+    return bool((padded.reshape(codes.shape[0], -1, 4).sum(-1) <= 2).all())
+
+
+def _bits(dtype: DType) -> int:
+    """Bits of a stored code, around its middle."""
+    middle = _middle(dtype)
+    return next(b for b in (2, 3, 4, 8) if -(1 << (b - 1)) <= dtype.lo - middle and dtype.hi - middle < 1 << (b - 1))
+
+
+def _middle(dtype: DType) -> int:
+    """What is taken off codes to make them signed."""
+    return 1 << (dtype.bits - 1) if dtype.lo >= 0 else 0
+
+
+def _constants(body: Graph, constants: Mapping[str, Array]) -> tuple[Array, Array, Array | None]:
+    """Signed codes, scales [outputs, groups], zero points of the signed codes s8[outputs, groups] or None."""
+    root = root_of(body)
+    assert root is not None
+    middle = _middle(body.types[root.inputs[2]].dtype)
+    codes = (constants[root.inputs[2]].astype(np.int16) - middle).astype(np.int8)
+    scale = constants[root.inputs[3]]
+    if len(root.inputs) > 4:
+        return codes, scale, (constants[root.inputs[4]].astype(np.int16) - middle).astype(np.int8)
+    return codes, scale, np.full(scale.shape, -middle, np.int8) if middle else None
+
+
+def _plain(scale: Array) -> Array:
+    """Scales as the kernel's memory declares them."""
+    return scale.view(np.uint16) if scale.dtype.itemsize == 2 else scale
+
+
+def _spread(spec: LowbitSpec) -> LowbitSpec:
+    """How many warps share a tile's inputs, and how many tiles a block has: few rows are split over the inputs."""
+    if spec.rows <= 16:
+        most = 16 if spec.tiles < _MULTIPROCESSORS else 8
+        return replace(spec, warps_k=max(1, min(most, spec.turns)))
+    if spec.rows <= 64:
+        return replace(spec, warps_k=max(1, min(4, spec.turns)), warps_o=2)
+    return replace(spec, warps_o=4)
+
+
+def _reason(spec: LowbitSpec) -> str:
+    pattern = ", 2 of 4 stored with their places" if spec.sparse else ""
+    group = f"group {spec.group}" if spec.group else "one group"
+    return (
+        f"{spec.bits}-bit weights{pattern}, {group}: {spec.stored_bytes / spec.floor_bytes:.2f} of the bytes of codes, "
+        f"places and scales; {8 * spec.columns} rows at once, inputs split between {spec.warps_k} warps"
+    )
+
+
+__all__ = ["CudaLowbit", "LowbitConfig"]

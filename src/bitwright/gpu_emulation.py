@@ -31,6 +31,7 @@ class EmulatedDriver:
         self.order = order
         self._rooms: dict[int, Guarded] = {}
         self._library: Emulated | None = None
+        self._texts: dict[str, str] = {}
         self._recording: list[Action] | None = None
 
     def alloc(self, nbytes: int) -> int:
@@ -61,7 +62,8 @@ class EmulatedDriver:
     def load(self, code: Mapping[str, tuple[bytes, str]]) -> None:
         if lacking := [name for name, (_, text) in code.items() if not text]:
             raise InvalidInput(f"the program cannot be emulated: it does not hold the text of {lacking[0]}")
-        self._library = Emulated("\n".join(text for _, text in code.values()), list(code)) if code else None
+        self._texts |= {name: text for name, (_, text) in code.items()}
+        self._library = Emulated("\n".join(self._texts.values()), list(self._texts)) if self._texts else None
 
     def launch(
         self, kernel: str, grid: tuple[int, int, int], threads: int, shared: int, pointers: Sequence[int], stream: int

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitwright import sparse_products
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.mvue import Method
 from bitwright.passes.sparsity._mvue import mvue_mask
@@ -79,6 +80,26 @@ class TransposableWeight:
         order = table.columns[self.codes.reshape(-1).long()]
         return self.values.reshape(-1, 2 * BLOCK).gather(1, order).reshape(self.values.shape)
 
+    def metadata(self, by_columns: bool) -> Tensor:
+        """Words s32 [rows/16, depth/64, 32] for the sparse tensor cores: of the product with W (rows: outputs), or with
+        its transpose (``by_columns``; rows: inputs). Filled up with a pattern whose values are zeros.
+
+        Word 4 g + t is of rows g (low half) and g + 8 (high half), elements 32 (t / 2) + 16 (t % 2) and the 15 after it
+        (PTX ISA 9.0, 9.7.14.6, of 16-bit types; the halves of a step of 64 are the selectors 0 and 1).
+        """
+        table = _tables(str(self.values.device))
+        down, across, _ = self.codes.shape
+        blocks = self.codes.long().transpose(1, 2).reshape(2 * down, across)
+        per = table.nibbles[int(by_columns)][blocks.T if by_columns else blocks]  # [rows / 4, depth / 4, row in block]
+        rows = per.transpose(1, 2).reshape(-1, per.shape[1])
+        spare = (0, -rows.shape[1] % 16, 0, -rows.shape[0] % 16)
+        padded = torch.nn.functional.pad(rows, spare, value=0b0100)
+        fours = padded.reshape(padded.shape[0], -1, 4)
+        halves = (fours << torch.arange(0, 16, 4, device=rows.device)).sum(-1)  # [row, depth / 16]
+        split = halves.reshape(halves.shape[0] // 16, 2, 8, halves.shape[1] // 4, 4)
+        words = (split[:, 0] | split[:, 1] << 16).permute(0, 2, 1, 3).reshape(-1, split.shape[3], 32)
+        return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
     @property
     def nbytes(self) -> int:
         """Bytes of values and codes."""
@@ -93,6 +114,8 @@ class _Tables:
     patterns: Tensor
     places: Tensor
     columns: Tensor
+    nibbles: Tensor
+    """[2, 90, 4]: metadata of each row, of each column: the two places of 2 bits, ascending."""
 
 
 @cache
@@ -100,7 +123,10 @@ def _tables(device: str) -> _Tables:
     patterns = _ninety()
     places = patterns.bool().nonzero()[:, 1].reshape(len(patterns), 2 * BLOCK)
     columns = (places % BLOCK * BLOCK + places // BLOCK).argsort(1)
-    return _Tables(patterns.to(device), places.to(device), columns.to(device))
+    grids = patterns.reshape(-1, BLOCK, BLOCK).bool()
+    lines = torch.stack([g.nonzero()[:, 2].reshape(-1, BLOCK, 2) for g in (grids, grids.transpose(1, 2))])
+    nibbles = lines[..., 0] | lines[..., 1] << 2
+    return _Tables(patterns.to(device), places.to(device), columns.to(device), nibbles.to(device))
 
 
 def _blocks(weight: Tensor) -> Tensor:
@@ -109,6 +135,15 @@ def _blocks(weight: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(weight, (0, -columns % BLOCK, 0, -rows % _ROWS))
     down, across = padded.shape[0] // _ROWS, padded.shape[1] // BLOCK
     return padded.reshape(down, 2, BLOCK, across, BLOCK).permute(0, 3, 1, 2, 4)
+
+
+def _product(x: Tensor, packed: TransposableWeight, by_columns: bool) -> Tensor:
+    """``x`` by the weight's transpose, or by the weight; on a GPU's sparse tensor cores where they take it."""
+    if not x.is_cuda or sparse_products.why_not(x, packed):
+        return x @ (packed.dense() if by_columns else packed.dense().T)
+    stream = int(torch.cuda.current_stream(x.device).cuda_stream)
+    made = sparse_products.on(x.device.index)(x.reshape(-1, x.shape[-1]), packed, by_columns, stream=stream)
+    return made.reshape(*x.shape[:-1], made.shape[-1])
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -120,14 +155,14 @@ class _SparseLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, packed.values, packed.codes)
         ctx.shape, ctx.mvue, ctx.biased = packed.shape, mvue, bias is not None
-        y = x @ packed.dense().T
+        y = _product(x, packed, by_columns=False)
         return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, codes = ctx.saved_tensors
         packed = TransposableWeight(values, codes, ctx.shape)
-        to_x = grad @ packed.dense() if ctx.needs_input_grad[0] else None
+        to_x = _product(grad, packed, by_columns=True) if ctx.needs_input_grad[0] else None
         rows = grad.reshape(-1, grad.shape[-1])
         to_bias = rows.sum(0) if ctx.biased and ctx.needs_input_grad[2] else None
         to_weight = None
@@ -147,7 +182,8 @@ def sparse_linear(
 ) -> Tensor:
     """``x [..., inputs] @ weight.T + bias`` where ``weight`` [outputs, inputs] obeys a transposable 2:4 mask.
 
-    Forward product and input gradient use the packed weight (``packed``, or made from ``weight`` here). The gradient
+    Forward product and input gradient use the packed weight (``packed``, or made from ``weight`` here): on a GPU with
+    f16 or bf16 and sizes that are multiples of 8, its sparse tensor cores; else unpacked, as dense ones. The gradient
     of ``weight`` is that of all its elements (masks are the trainer's business). ``mvue``: it is made from an
     unbiased 2:4 output gradient, along batch and time (``optimal`` or ``two-draw``; arXiv 2203.10991).
     Raises :class:`InvalidInput` as :meth:`TransposableWeight.pack`, and for shapes that do not fit.

@@ -6,7 +6,7 @@ import torch
 
 from bitwright.codegen.cuda.emulator import run_guarded
 from bitwright.codegen.cuda.machine_code import compile_cuda, sass
-from bitwright.codegen.cuda.transposable import column_places, metadata
+from bitwright.codegen.cuda.transposable import column_places
 from bitwright.codegen.tvm.cuda.builder import launch_of
 from bitwright.codegen.tvm.cuda.source import cuda_source
 from bitwright.codegen.tvm.cuda.transposable import Product, emit
@@ -34,7 +34,7 @@ def run(p: Product, seed: int, order: int = 1) -> tuple[torch.Tensor, torch.Tens
     arrays: dict[str, Array] = {
         "values": bits(packed.values),
         "codes": packed.codes.numpy(),
-        "metadata": metadata(packed.codes.numpy(), p.by_columns),
+        "metadata": packed.metadata(p.by_columns).numpy(),
         "places": column_places(),
         "x": bits(x),
     }

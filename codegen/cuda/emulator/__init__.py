@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from bitwright.ir.weights import Array
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-fwrapv")
 PAGE = 4096
+_SHARED = re.compile(r"extern __shared__ __align__\(\d+\) uchar shared_ptr\[\];")
 
 
 class Emulated:
@@ -93,12 +95,14 @@ def run_guarded(
 
 def _unit(text: str, names: Sequence[str]) -> str:
     heads = ["emulator.h", "types.h"] + (["hopper.h"] if any(i.arch >= 90 for i in used(text)) else [])
-    parts = [*(f'#include "{h}"' for h in heads), prelude(text, emulated=True), text]
+    body = _SHARED.sub("unsigned char* shared_ptr = bw::here->shared;", text)
+    parts = [*(f'#include "{h}"' for h in heads), prelude(text, emulated=True), body]
     for name in names:
+        cluster = re.search(rf"__cluster_dims__\((\d+), 1, 1\) __launch_bounds__\([^)]*\) {name}\(", text)
         parts.append(
             f"static void call_{name}(void** a) {{ bw::apply({name}, a); }}\n"
             f'extern "C" int run_{name}(void** a, const int* shape, uint64_t order) '
-            f"{{ return bw::launch(call_{name}, a, shape, order); }}"
+            f"{{ return bw::launch(call_{name}, a, shape, order, {cluster[1] if cluster else 1}); }}"
         )
     return "\n".join(parts)
 

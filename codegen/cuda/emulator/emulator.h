@@ -27,17 +27,16 @@
 #define __align__(n)
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __cluster_dims__(...)
 #define uint unsigned int
 #define uchar unsigned char
 #define ushort unsigned short
 
 namespace bw {
-constexpr int kWarp = 32, kShared = 227 * 1024, kStack = 64 * 1024;
+constexpr int kWarp = 32, kShared = 227 * 1024, kStack = 64 * 1024, kCluster = 8;
 struct Dim { int x = 0, y = 0, z = 0; };
-}
-alignas(1024) unsigned char shared_ptr[bw::kShared];
-
-namespace bw {
+alignas(1024) static unsigned char shared_memory[kCluster][kShared];
+struct Block;
 
 // ---- fibers
 enum State { kReady, kDone };
@@ -46,6 +45,7 @@ struct Fiber {
   unsigned char* stack = nullptr;
   Dim id;
   State state = kDone;
+  Block* block = nullptr;
   std::function<bool()> waits_for;  // empty: ready
   const char* where = "";           // what it waits in
   std::vector<std::vector<std::function<void()>>> copies;  // committed groups of cp.async, oldest first
@@ -137,25 +137,36 @@ static void wait_until(std::function<bool()> condition, const char* where) {
 
 // ---- barriers and collectives
 struct Barrier { int arrived = 0; long turn = 0; };
-static Barrier barriers[16];
-static void barrier(int id, int count) {
-  Barrier& b = barriers[id];
-  long turn = b.turn;
-  if (++b.arrived == count) { b.arrived = 0; b.turn++; }
-  wait_until([&b, turn] { return b.turn != turn; }, "a barrier");
-}
 struct Collective {
   std::vector<unsigned char> in[2], out[2];
   int arrived = 0;
   long turn = 0;
   const char* name = "";
 };
-static std::map<std::pair<int, int>, Collective> collectives;
+// Blocks of a cluster run at once, each with shared memory of its own; without clusters there is one.
+struct Block {
+  Dim index;
+  int rank = 0, running = 0;
+  unsigned char* shared = nullptr;
+  Barrier barriers[16];
+  std::map<std::pair<int, int>, Collective> collectives;
+};
+static Block blocks[kCluster];
+static Block* here = nullptr;
+static Barrier cluster_barrier;
+static int cluster_size = 1;
+static void arrive(Barrier& b, int count) {
+  long turn = b.turn;
+  if (++b.arrived == count) { b.arrived = 0; b.turn++; }
+  wait_until([&b, turn] { return b.turn != turn; }, "a barrier");
+}
+static void barrier(int id, int count) { arrive(here->barriers[id], count); }
+static void cluster_sync() { arrive(cluster_barrier, block_size.x * cluster_size); }
 // All `lanes` threads around this one hand in `in`; the last one runs `compute(ins, outs)`; each gets its `out`.
 static void collective(const char* name, int lanes, const void* in, size_t in_size, void* out, size_t out_size,
                        const std::function<void(const unsigned char*, unsigned char*)>& compute) {
   int group = self->id.x / lanes, lane = self->id.x % lanes;
-  Collective& c = collectives[{lanes, group}];
+  Collective& c = here->collectives[{lanes, group}];
   if (c.arrived && strcmp(c.name, name)) fail("threads of one warp meet different instructions");
   c.name = name;
   long turn = c.turn;
@@ -175,7 +186,7 @@ template <class In, class Out, class F> static Out together(const char* name, in
   return out;
 }
 static inline uint32_t shared_address(const void* p) {
-  intptr_t at = (const unsigned char*)p - shared_ptr;
+  intptr_t at = (const unsigned char*)p - here->shared;
   if (at < 0 || at >= kShared) fail("an address outside shared memory where one inside is needed");
   return (uint32_t)at;
 }
@@ -196,19 +207,33 @@ static bool arrive_one() {
 }
 
 // ---- running
-static void run_block(int threads, int shared_bytes) {
-  memset(shared_ptr, 0xff, sizeof shared_ptr);
+static void change_to(Fiber& f) {
+  self = &f;
+  here = f.block;
+  block_index = here->index;
+  change(scheduler, f);
+}
+// The blocks of one cluster, the first of them at `first`.
+static void run_blocks(Dim first, int threads) {
+  int total = threads * cluster_size;
   under_way.clear();
+  cluster_barrier = Barrier();
+  for (int c = 0; c < cluster_size; c++) {
+    blocks[c] = Block();
+    blocks[c].index = {first.x + c, first.y, first.z};
+    blocks[c].rank = c;
+    blocks[c].running = threads;
+    blocks[c].shared = shared_memory[c];
+    memset(shared_memory[c], 0xff, kShared);
+  }
   for (auto reset : resets) reset();
-  (void)shared_bytes;
-  for (auto& b : barriers) b = Barrier();
-  collectives.clear();
-  for (int t = 0; t < threads; t++) {
-    fibers[t].id.x = t;
+  std::vector<int> alive(total);
+  for (int t = 0; t < total; t++) {
+    alive[t] = t;
+    fibers[t].id.x = t % threads;
+    fibers[t].block = &blocks[t / threads];
     start(fibers[t]);
   }
-  std::vector<int> alive(threads);
-  for (int t = 0; t < threads; t++) alive[t] = t;
   while (!alive.empty()) {
     bool ran = false;
     for (size_t i = alive.size(); i > 1; i--) std::swap(alive[i - 1], alive[random_word() % i]);
@@ -217,15 +242,15 @@ static void run_block(int threads, int shared_bytes) {
       if (f.waits_for && !f.waits_for()) { i++; continue; }
       f.waits_for = nullptr;
       ran = true;
-      self = &f;
-      change(scheduler, f);
-      if (f.state == kDone) { alive[i] = alive.back(); alive.pop_back(); } else i++;
+      change_to(f);
+      if (f.state == kDone) { f.block->running--; alive[i] = alive.back(); alive.pop_back(); } else i++;
     }
     if ((!ran || random_word() % 8 == 0) && arrive_one()) continue;
     if (!ran) {
       self = &fibers[alive[0]];
+      block_index = self->block->index;
       char text[256];
-      snprintf(text, sizeof text, "%zu of %d threads wait for ever, this one in %s", alive.size(), threads, self->where);
+      snprintf(text, sizeof text, "%zu of %d threads wait for ever, this one in %s", alive.size(), total, self->where);
       fail(text);
     }
   }
@@ -244,7 +269,7 @@ template <class... T> static void apply(void (*kernel)(T...), void** a) {
   spread(kernel, a, std::index_sequence_for<T...>());
 }
 // Run all blocks of a kernel; 0, or not and `message` says what was wrong.
-static int launch(void (*call)(void**), void** args, const int* shape, uint64_t order) {
+static int launch(void (*call)(void**), void** args, const int* shape, uint64_t order, int cluster) {
   static bool guarded = false;
   struct sigaction was_segv, was_bus, act = {};
   static unsigned char* alternative = (unsigned char*)malloc(1 << 16);
@@ -261,15 +286,17 @@ static int launch(void (*call)(void**), void** args, const int* shape, uint64_t 
   seed = order * 0x9e3779b97f4a7c15ull + 1;
   grid_size = {shape[0], shape[1], shape[2]};
   block_size = {shape[3], 1, 1};
-  if ((int)fibers.size() < shape[3]) fibers.resize(shape[3]);
+  cluster_size = cluster;
+  if ((int)fibers.size() < shape[3] * cluster) fibers.resize(shape[3] * cluster);
   message[0] = 0;
   int code = sigsetjmp(escape, 1);
   if (!code) {
     for (int z = 0; z < shape[2]; z++)
       for (int y = 0; y < shape[1]; y++)
-        for (int x = 0; x < shape[0]; x++) {
+        for (int x = 0; x < shape[0]; x += cluster) {
           block_index = {x, y, z};
-          run_block(shape[3], shape[4]);
+          if (cluster > kCluster || shape[0] % cluster) fail("a grid that is no multiple of its clusters, or too large ones");
+          run_blocks({x, y, z}, shape[3]);
         }
   }
   sigaction(SIGSEGV, &was_segv, nullptr);

@@ -10,38 +10,45 @@ namespace bw {
 constexpr int kGroup = 128;
 
 // ---- the asynchronous proxy
-alignas(1024) static unsigned char async_view[kShared];
+alignas(1024) static unsigned char async_memory[kCluster][kShared];
 static bool async_used = false;
 struct Range { uint32_t at, size; };
+static unsigned char* async_view() { return async_memory[here->rank]; }
+static size_t fiber() { return self - fibers.data(); }
 static std::vector<std::vector<Range>> unfenced;
 static void note_staged(void* to, size_t size) {
-  if ((size_t)self->id.x >= unfenced.size()) unfenced.resize(self->id.x + 1);
-  unfenced[self->id.x].push_back({shared_address(to), (uint32_t)size});
+  if (fiber() >= unfenced.size()) unfenced.resize(fiber() + 1);
+  unfenced[fiber()].push_back({shared_address(to), (uint32_t)size});
 }
 static void fence_proxy() {
   async_used = true;
-  if ((size_t)self->id.x >= unfenced.size()) return;
-  for (auto r : unfenced[self->id.x]) memcpy(async_view + r.at, shared_ptr + r.at, r.size);
-  unfenced[self->id.x].clear();
+  if (fiber() >= unfenced.size()) return;
+  for (auto r : unfenced[fiber()]) memcpy(async_view() + r.at, here->shared + r.at, r.size);
+  unfenced[fiber()].clear();
 }
 
 // ---- mbarriers
 struct MBarrier { int count, pending; long bytes; unsigned phase; };
-static std::map<uint32_t, MBarrier> mbarriers;
+static std::map<const unsigned char*, MBarrier> mbarriers;
+static const unsigned char kMark[9] = "mbarrier";
 static MBarrier& mbarrier(const void* p) {
-  uint32_t at = shared_address(p);
-  auto found = mbarriers.find(at);
+  auto found = mbarriers.find((const unsigned char*)p);
   if (found == mbarriers.end()) fail("an mbarrier that was not initialised");
-  static const unsigned char mark[8] = {'m', 'b', 'a', 'r', 'r', 'i', 'e', 'r'};
-  if (memcmp(shared_ptr + at, mark, 8)) fail("an mbarrier was overwritten");
+  if (memcmp(p, kMark, 8)) fail("an mbarrier was overwritten");
   return found->second;
 }
 static void mbarrier_init(void* p, int count) {
+  if (shared_address(p) % 8) fail("an mbarrier at an unaligned address");
+  if (mbarriers.count((unsigned char*)p)) fail("an mbarrier is initialised twice");
+  memcpy(p, kMark, 8);
+  mbarriers[(unsigned char*)p] = {count, count, 0, 0};
+}
+// The address of another block of the cluster that corresponds to one of this block.
+static unsigned char* mapped(void* p, int rank) {
   uint32_t at = shared_address(p);
-  if (at % 8) fail("an mbarrier at an unaligned address");
-  if (mbarriers.count(at)) fail("an mbarrier is initialised twice");
-  memcpy(shared_ptr + at, "mbarrier", 8);
-  mbarriers[at] = {count, count, 0, 0};
+  if (rank < 0 || rank >= cluster_size) fail("no block of this rank in the cluster");
+  if (!blocks[rank].running) fail("the block of the cluster that is meant has ended");
+  return blocks[rank].shared + at;
 }
 static void settle(MBarrier& b) {
   if (b.pending == 0 && b.bytes == 0) { b.pending = b.count; b.phase++; }
@@ -58,19 +65,24 @@ static void mbarrier_wait(void* p, int parity) {
   if (parity & ~1) fail("an mbarrier's parity is 0 or 1");
   wait_until([&b, parity] { return (int)(b.phase & 1) != parity; }, "the wait for an mbarrier");
 }
-static void bulk_load(void* to, const void* from, int bytes, void* barrier) {
+static void bulk_load(void* to, const void* from, int bytes, void* barrier, unsigned mask) {
   uint32_t at = shared_address(to);
   if (at % 16 || (uintptr_t)from % 16 || bytes % 16 || bytes <= 0) fail("a bulk copy of unaligned or no bytes");
   if (at + (uint32_t)bytes > (uint32_t)kShared) fail("a bulk copy past the end of shared memory");
   (void)*(volatile const char*)from, (void)*((volatile const char*)from + bytes - 1);
-  MBarrier& b = mbarrier(barrier);
   async_used = true;
-  under_way.push_back([=, &b] {
-    memcpy(shared_ptr + at, from, bytes);
-    memcpy(async_view + at, from, bytes);
-    b.bytes -= bytes;
-    settle(b);
-  });
+  for (int rank = 0; rank < 16; rank++) {
+    if (!(mask >> rank & 1)) continue;
+    unsigned char* there = mapped(to, rank);
+    MBarrier& b = mbarrier(mapped(barrier, rank));
+    under_way.push_back([=, &b] {
+      if (!blocks[rank].running) fail("a bulk copy to a block of the cluster that has ended");
+      memcpy(there, from, bytes);
+      memcpy(async_memory[rank] + at, from, bytes);
+      b.bytes -= bytes;
+      settle(b);
+    });
+  }
 }
 
 // ---- wgmma
@@ -104,8 +116,8 @@ struct Warpgroup {
   std::map<unsigned char*, long> released[kGroup];  // fence count when registers were last given back
   long fences[kGroup] = {};
 };
-static std::map<int, Warpgroup> warpgroups;
-static Warpgroup& warpgroup() { return warpgroups[self->id.x / kGroup]; }
+static std::map<std::pair<int, int>, Warpgroup> warpgroups;
+static Warpgroup& warpgroup() { return warpgroups[{here->rank, self->id.x / kGroup}]; }
 static void wgmma_fence() { warpgroup().fences[self->id.x % kGroup]++; }
 static void wgmma_run(Warpgroup& g, size_t until) {
   for (size_t i = 0; i < until; i++)
@@ -209,7 +221,7 @@ static void multiply(Product& p, bool registers, bool sparse, int selector, Read
         int byte = i * size, lane = m / 16 * 32 + m % 8 * 4 + byte % 16 / 4;
         at = (unsigned char*)&p.registers[lane][byte / 16 * 2 + m / 8 % 2] + byte % 4;
       } else {
-        at = async_view + wgmma_address(p.a, m, i / per) % kShared + i % per * size;
+        at = async_view() + wgmma_address(p.a, m, i / per) % kShared + i % per * size;
       }
       row[i] = read_a(at);
     }
@@ -224,7 +236,7 @@ static void multiply(Product& p, bool registers, bool sparse, int selector, Read
   }
   for (int n = 0; n < p.n; n++)
     for (int i = 0; i < k; i++)
-      B[n][i] = read_b(async_view + wgmma_address(p.b, n, i / per) % kShared + i % per * size);
+      B[n][i] = read_b(async_view() + wgmma_address(p.b, n, i / per) % kShared + i % per * size);
   Warpgroup& g = warpgroup();
   for (int l = 0; l < kGroup; l++) {
     Sum* d = (Sum*)accumulators(g, l, p.d[l]).value.data();
@@ -241,11 +253,11 @@ static void forget_hopper() {
   mbarriers.clear();
   for (auto& g : warpgroups) for (auto* p : g.second.products) delete p;
   warpgroups.clear();
-  if (async_used) memset(async_view, 0xff, sizeof async_view);
+  if (async_used) memset(async_memory, 0xff, (size_t)cluster_size * kShared);
   async_used = false;
 }
 static const bool hopper_ready = [] {
-  memset(async_view, 0xff, sizeof async_view);
+  memset(async_memory, 0xff, sizeof async_memory);
   on_staged = note_staged;
   resets.push_back(forget_hopper);
   return true;

@@ -21,6 +21,8 @@ def instructions() -> Iterator[Instruction]:
     ``_expect(barrier, bytes)`` (arrives, too), ``_wait(barrier, parity)`` until the phase of this parity is complete;
 
     ``bw_bulk_load(shared, global, bytes, barrier)``: 16-byte aligned, multiples of 16; completes ``bytes`` at it;
+    ``bw_bulk_multicast(.., mask)``: the same to the same places of the cluster's blocks in the mask, and their barriers;
+    ``bw_mbarrier_arrive_at(barrier, rank)``: at the same place of a block of the cluster; ``bw_cluster_sync()``;
     ``bw_fence_proxy()``: what this thread wrote by ``cp.async`` (and waited for) or ``bw_stage16`` is seen by wgmma;
     ``bw_stage16(shared, from)``: 16 bytes to shared memory for wgmma; ``bw_staged(shared, bytes)``: ordinary stores
     wrote there for wgmma (tells the emulator, costs nothing); ``bw_setmaxnreg_{inc,dec}_N()``.
@@ -50,7 +52,24 @@ def instructions() -> Iterator[Instruction]:
         "bw_bulk_load", "void* to, const void* from, int bytes, void* b",
         '"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"',
         f'{_SHARED.format("to")}, "l"(__cvta_generic_to_global(from)), "r"(bytes), {_SHARED.format("b")}',
-        "bw::bulk_load(to, from, bytes, b);", r"UBLKCP",
+        "bw::bulk_load(to, from, bytes, b, 1u << bw::here->rank);", r"UBLKCP",
+    )  # fmt: skip
+    yield _plain(
+        "bw_bulk_multicast", "void* to, const void* from, int bytes, void* b, int mask",
+        '"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"',
+        f'{_SHARED.format("to")}, "l"(__cvta_generic_to_global(from)), "r"(bytes), {_SHARED.format("b")}, '
+        '"h"((unsigned short)mask)',
+        "bw::bulk_load(to, from, bytes, b, mask);", r"UBLKCP",
+    )  # fmt: skip
+    yield _plain(
+        "bw_mbarrier_arrive_at", "void* b, int rank",
+        r'"{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [at];\n}"',
+        f'{_SHARED.format("b")}, "r"(rank)', "bw::mbarrier_arrive(bw::mapped(b, rank), 0);", r"SYNCS\.ARRIVE",
+    )  # fmt: skip
+    yield _plain(
+        "bw_cluster_sync", "",
+        r'"barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"', "", "bw::cluster_sync();",
+        "UCGABAR",
     )  # fmt: skip
     yield _plain(
         "bw_fence_proxy", "", '"fence.proxy.async.shared::cta;"', "", "bw::fence_proxy();", r"FENCE\.VIEW\.ASYNC"

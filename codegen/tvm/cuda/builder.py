@@ -26,6 +26,7 @@ class CudaBuilder(Builder):
     """Writes one kernel of ``grid`` blocks (x, y, z) of ``threads`` threads.
 
     ``tasks``: for kernels with one output of a loop nest per thread; ``begin`` and ``end`` are this thread's.
+    ``cluster``: so many neighbouring blocks (x) run together and reach each other's shared memory.
     ``min_blocks``: blocks that must fit a multiprocessor (``__launch_bounds__``' second argument); 0 asks nothing.
     """
 
@@ -33,6 +34,7 @@ class CudaBuilder(Builder):
     threads: int = 128
     tasks: int = 0
     min_blocks: int = 0
+    cluster: int = 1
     begin: Index = 0
     end: Index = 0
     shared_bytes: int = 0
@@ -144,6 +146,7 @@ class CudaBuilder(Builder):
         attributes = {
             "global_symbol": self.name, "calling_conv": 2, "tirx.is_global_func": True, "tirx.noalias": True,
             "s_tir": True, "bitwright.launch": launch, "bitwright.min_blocks": self.min_blocks,
+            "bitwright.cluster": self.cluster,
         }  # fmt: skip
         for key, value in attributes.items():
             function = function.with_attr(key, value)

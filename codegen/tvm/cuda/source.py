@@ -39,4 +39,6 @@ def cuda_source(function: Any) -> str:
     text = text[text.index(_MARK) :].replace("__align__(128) uchar shared_ptr", "__align__(1024) uchar shared_ptr")
     if blocks := int(function.attrs.get("bitwright.min_blocks", 0)):
         text = re.sub(r"__launch_bounds__\((\d+)\)", rf"__launch_bounds__(\1, {blocks})", text)
+    if (cluster := int(function.attrs.get("bitwright.cluster", 1))) > 1:
+        text = text.replace("__launch_bounds__", f"__cluster_dims__({cluster}, 1, 1) __launch_bounds__")
     return text

@@ -9,7 +9,8 @@ from bitwright.codegen.cuda.instructions import Instruction
 
 def instructions() -> Iterator[Instruction]:
     """``bw_fence()``: what this thread wrote is seen by whoever sees what it writes later. ``bw_count(p)``: adds 1 to
-    an int of memory and returns what it was. ``bw_fresh16(to, from)``: 16 bytes of memory past the first-level cache."""
+    an int of memory and returns what it was. ``bw_fresh16(to, from)``: 16 bytes of memory past the first-level cache.
+    ``bw_opaque(n)``: n, which the compiler does not know (a loop up to it is not unrolled)."""
     yield Instruction(
         "bw_fence",
         "static __device__ __forceinline__ void bw_fence() { __threadfence(); }",
@@ -34,4 +35,12 @@ def instructions() -> Iterator[Instruction]:
   memcpy(to, from, 16);
 }""",
         sass=r"LDG\.E\.128\.STRONG",
+    )
+    yield Instruction(
+        "bw_opaque",
+        """static __device__ __forceinline__ int bw_opaque(int n) {
+  asm volatile("" : "+r"(n));
+  return n;
+}""",
+        "static inline int bw_opaque(int n) { return n; }",
     )

@@ -69,7 +69,7 @@ class Kernel:
         self._load_a(0, 0)
         for j in range(f.n // self._pair):
             self._load_b(0, 0, j)
-        with b.loop(self._count, name="turn") as turn:
+        with b.loop(self._turns(), name="turn") as turn:
             for s in range(self._steps):
                 self._step(turn, s)
         b.call("bw_cp_async_wait0")
@@ -98,6 +98,10 @@ class Kernel:
             b.call("bw_cp_async_commit")
         b.call(f"bw_cp_async_wait{t.stages - 2}")
         b.sync()
+
+    def _turns(self) -> Index:
+        """Stages of this block, not known to the compiler: unrolled, the loop would not fit the instruction cache."""
+        return self.b.index(self.b.value("bw_opaque", S32, self._count).expr)
 
     def _close(self, put: Put) -> None:
         """Results, of the block that has all parts of the sum."""

@@ -88,7 +88,7 @@ class SimtKernel(Kernel):
         self._row_lane = b.index(self._warp_row * (4 * t.each) + div(lane, 8))
         self._out_lane = b.index(self._warp_out * OUTS + mod(lane, 8) * (1 if rows else 4))
         self._prologue()
-        with b.loop(self._count, name="turn") as turn:
+        with b.loop(self._turns(), name="turn") as turn:
             ahead = turn + (t.stages - 1)
             with b.when(ahead < self._count):
                 self._copy(ahead, mod(ahead, t.stages))

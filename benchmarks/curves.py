@@ -3,12 +3,14 @@
     python benchmarks/curves.py [--only rows,sparsity] [--quick] [--dry]
 
 Whole programs and whole calls of the peers, one core, interleaved rounds; GOP/s count the dense layer's operations.
-"Best dense peer" is the fastest of onnxruntime, OpenVINO and DeepSparse on the layer without zeros.
+"Best dense peer" is the fastest of onnxruntime, OpenVINO and DeepSparse on the layer without zeros. Every panel is
+written when it is measured, beside those of earlier runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +21,7 @@ import tables
 from reach import Run, compiled, int8_peers, measured, ready
 
 LAYERS = ((3072, 768), (768, 3072))
-ROWS = tuple(1 << i for i in range(11))
+ROWS = tuple(4**i for i in range(6))
 RECIPES = {"dense": "int8", "2:4": "nm-mask{pattern=2:4}, int8", "2:8": "nm-mask{pattern=2:8}, int8"}
 SHARES = (50, 60, 70, 80, 90, 95)
 NM = {50.0: "2:4", 75.0: "2:8", 87.5: "2:16", 93.75: "1:16"}
@@ -112,44 +114,69 @@ def sparsity_table(found: Points) -> str:
     return tables.markdown(["speed over the best dense peer", *(f"{x:g} %" for x in xs)], lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="rows,sparsity")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="a third of the points, 3 rounds")
-    parser.add_argument("--core", type=int)
-    parser.add_argument("--dry", action="store_true", help="write no results")
-    args = parser.parse_args()
+def shown(parts: dict[str, Any], axes: Any) -> str:
+    """Tables of all panels, drawn into ``axes``."""
+    text = ""
+    for axis, (name, part) in zip(axes, parts.items(), strict=False):
+        kind, layer = name.split()
+        n, k = map(int, layer.split("x"))
+        env, found = part["environment"], {x: {float(at): s for at, s in v.items()} for x, v in part["points"].items()}
+        if kind == "rows":
+            ops, title = 2.0 * n * k, f"{layer}: dense-equivalent GOP/s over rows"
+            draw(axis, found, title, lambda m, s, o=ops: o * m / s / 1e9, True)
+            text += f"\n## Layer {layer}, int8, by rows\n\n"
+        else:
+            title, best = f"128x{layer}: speed over the best dense int8 peer by share of zeros", best_dense(found, 0.0)
+            draw(axis, found, title, lambda _, s, b=best: b / s, False)
+            text += f"\n## Layer 128x{layer}, by share of zeros\n\n"
+        text += f"{env['date']}, load {' '.join(map(str, env['load']))}.\n\n"
+        text += rows_table(found, 2.0 * n * k) if kind == "rows" else sparsity_table(found)
+    return text
+
+
+def keep(name: str, found: Points, env: dict[str, Any], *, dry: bool) -> None:
+    """Write one panel beside those of earlier runs; print its table."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    core = tables.last_core() if args.core is None else args.core
-    run = Run(3 if args.quick else args.rounds, 0.02, core)
-    env = tables.environment(peers.versions())
-    text, data = tables.heading("Rows and sparsity", env), {"environment": env}
-    parts = args.only.split(",")
-    figure, axes = plt.subplots(len(parts), 2, figsize=(12, 4.2 * len(parts)), squeeze=False)
-    for line, part in enumerate(parts):
-        for column, (n, k) in enumerate(LAYERS):
-            if part == "rows":
-                ops, title = 2.0 * n * k, f"{n}x{k}: dense-equivalent GOP/s over rows"
-                found = by_rows(n, k, ROWS[::3] if args.quick else ROWS, run)
-                draw(axes[line][column], found, title, lambda m, s, o=ops: o * m / s / 1e9, True)
-                text += f"\n## Layer {n}x{k}, int8, by rows\n\n{rows_table(found, ops)}"
-            else:
-                title = f"128x{n}x{k}: speed over the best dense int8 peer by share of zeros"
-                found = by_sparsity(128, n, k, SHARES[::3] if args.quick else SHARES, run)
-                best = best_dense(found, 0.0)
-                draw(axes[line][column], found, title, lambda _, s, b=best: b / s, False)
-                text += f"\n## Layer 128x{n}x{k}, by share of zeros\n\n{sparsity_table(found)}"
-            data[f"{part} {n}x{k}"] = found
-    print(text)
-    if not (args.dry or args.quick):
+    path = tables.RESULTS / "curves.json"
+    parts = json.loads(path.read_text())["parts"] if path.exists() else {}
+    parts[name] = {"environment": env, "points": {x: {str(at): s for at, s in v.items()} for x, v in found.items()}}
+    parts = {f"{kind} {n}x{k}": parts[f"{kind} {n}x{k}"] for kind in ("rows", "sparsity") for n, k in LAYERS
+             if f"{kind} {n}x{k}" in parts}  # fmt: skip
+    lines = -(-len(parts) // 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(12, 4.2 * lines), squeeze=False)
+    text = shown(parts, axes.reshape(-1))
+    print(text, flush=True)
+    if not dry:
         figure.tight_layout()
         figure.savefig(tables.RESULTS / "curves.png", dpi=110)
-        tables.save("curves", text + "\n![curves](curves.png)\n", data)
+        heading = tables.heading("Rows and sparsity", env)
+        tables.save("curves", f"{heading}{text}\n![curves](curves.png)\n", {"parts": parts})
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="rows,sparsity")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="half of the points, 3 rounds")
+    parser.add_argument("--core", type=int)
+    parser.add_argument("--dry", action="store_true", help="write no results")
+    args = parser.parse_args()
+    core = tables.last_core() if args.core is None else args.core
+    run = Run(3 if args.quick else args.rounds, 0.02, core)
+    step = 2 if args.quick else 1
+    for part in args.only.split(","):
+        for n, k in LAYERS:
+            env = tables.environment(peers.versions())
+            if part == "rows":
+                found = by_rows(n, k, ROWS[::step], run)
+            else:
+                found = by_sparsity(128, n, k, SHARES[::step], run)
+            keep(f"{part} {n}x{k}", found, env, dry=args.dry or args.quick)
 
 
 if __name__ == "__main__":

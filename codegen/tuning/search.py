@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from bitwright.codegen.tvm.select import Choice, Order
 
 _NEAREST, _AT_RANDOM, _POOL = 4, 0.25, 4000
+_OLD = 4
+"""Best points of the same workload under another version that are tried first."""
 _LONGER = 3
 _PROMISING = 0.985
 _DECAY = 0.6
@@ -273,16 +275,20 @@ class Search:
         return found
 
     def _first(self, state: State, fresh: list[tuple[str, Point]]) -> list[tuple[str, Point]]:
-        """Other templates' own choices, and the best points of the nearest workloads, while they are untried."""
+        """Other templates' own choices, and the best points of the nearest workloads, while they are untried; most of
+        this workload itself, as another version of the code generator or another machine had them."""
         defaults = [c for i, c in enumerate(fresh) if c[0] != state.task.template and c[0] not in dict(fresh[:i])]
         known = self.database.workloads()
         own = state.task.features
         near = sorted((k for k in known if k != state.task.key), key=lambda k: distance(own, known[k][1]))[:_NEAREST]
         best: list[Place] = []
-        for key in near:
-            good = [r for r in self.database.records(key) if r.status == "ok"]
-            best += [_place(r.template, r.point) for r in sorted(good, key=lambda r: r.ratio)[:2]]
-        return defaults + [c for c in fresh if _place(*c) in best and c not in defaults]
+        for key in (state.task.key, *near):
+            good = sorted((r for r in self.database.records(key) if r.status == "ok"), key=lambda r: r.ratio)
+            places = dict.fromkeys(_place(r.template, r.point) for r in good)
+            best += list(places)[: _OLD if key == state.task.key else 2]
+        order = {place: i for i, place in reversed(list(enumerate(best)))}
+        found = sorted((c for c in fresh if _place(*c) in order), key=lambda c: order[_place(*c)])
+        return defaults + [c for c in found if c not in defaults]
 
     def _model(self, state: State) -> Model:
         """Fitted to all good records of this kind of machine, those of the same workload counting more."""

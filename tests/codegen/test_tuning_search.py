@@ -141,6 +141,19 @@ def test_a_second_run_goes_on_where_the_first_ended(database: Database) -> None:
     assert not [r for r in repeated if repr(sorted(r.point.items())) + r.template in earlier]
 
 
+def test_what_another_version_found_best_is_tried_first(database: Database) -> None:
+    task = tasks()[0]
+    database.add_workload(task.key, task.text, task.features)
+    points = [{"rows": 3, "vectors": 1}, {"rows": 2, "vectors": 1}]
+    for ratio, point in zip((0.7, 0.5), points, strict=True):
+        old = record(task, ratio=ratio, point=point)
+        database.add(Record(old.workload, old.target, "an older version", old.template, old.point, "ok", ratio=ratio))
+    search = Search(database, FakeBench(), goal(), tasks()[:1])
+    assert search.states[0].best == 1.0
+    same = [p for template, p in search._propose(search.states[0]) if template == "contract"]
+    assert [(p["rows"], p["vectors"]) for p in same[:2]] == [(2, 1), (3, 1)]
+
+
 def records_default(search: Search) -> dict[str, Any]:
     task = search.states[0].task
     return dict(templates()[task.template].space(task.body, task.constants, TARGET).default)

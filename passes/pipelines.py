@@ -15,6 +15,7 @@ RECIPES: Mapping[str, str] = {
     "float": "",
     "int8": "observe-ranges, quantize-int8, lower-attention",
     "bf16": "lower-contractions, lower-attention",
+    "f16": "lower-contractions{format=f16}, lower-attention{format=f16}",
     "sparse": "nm-mask{pattern=2:4}, reconstruct",
     "sparse-int8": "nm-mask{pattern=2:4}, reconstruct, observe-ranges, quantize-int8, lower-attention",
     "transposable": "transposable-mask{pattern=4:8}, reconstruct",

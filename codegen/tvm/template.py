@@ -94,7 +94,7 @@ class Template:
         """Unpack ``packed`` and compare with the constants: the empty string, or what differs."""
         return ""
 
-    def layout(self, config: Config) -> Mapping[str, Any]:
+    def layout(self, body: Graph, config: Config) -> Mapping[str, Any]:
         """What :meth:`unpack` must know of a configuration; of JSON's types."""
         return {}
 

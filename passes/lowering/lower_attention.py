@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 from bitwright.ir import ops
 from bitwright.ir.build import Rewriter, rewrite
 from bitwright.ir.graph import Graph, Level, Node
-from bitwright.ir.types import BF16, F32
+from bitwright.ir.types import F32, DType
 from bitwright.passes._pass import Context, Pass
+from bitwright.passes.lowering.lower_contractions import HALVES
 
 _VIEWS: tuple[type[ops.Op], ...] = (ops.Reshape, ops.Transpose, ops.Slice, ops.Expand)
 _FEWEST = 9
@@ -18,10 +19,12 @@ _FEWEST = 9
 
 @dataclass(frozen=True)
 class LowerAttention(Pass):
-    """Round query, key and value to bf16 where they are made (to the nearest, ties to even); results become f32 again.
+    """Round query, key and value to bf16 or f16 where they are made (to the nearest, ties to even); results become f32
+    again.
 
-    Products of bf16 are exact in f32 and summed there; kernels may cut the probabilities to bf16 as well, each of them
-    then being off by 2^-7 at most. An attention stays f32, with the reason, if the target has no products of bf16.
+    Products of halves are exact in f32 and summed there; kernels may cut the probabilities to the format as well, each
+    of them then being off by 2^-7 (bf16) at most. An attention stays f32, with the reason, if the target has no
+    products of the format.
 
     before:
         graph @g (%q: f32[1, 16, 32], %k: f32[1, 16, 32], %v: f32[1, 16, 32]) -> (y = %y) level=integer {
@@ -53,26 +56,27 @@ class LowerAttention(Pass):
     takes: ClassVar[Level] = "integer"
     gives: ClassVar[Level] = "integer"
     lossy: ClassVar[bool] = True
-    format: Literal["bf16"] = "bf16"
+    format: Literal["bf16", "f16"] = "bf16"
 
     def run(self, graph: Graph, context: Context) -> Graph:
         halves: dict[str, str] = {}
+        kind = HALVES[self.format]
 
         def half(rw: Rewriter, name: str) -> str:
-            """The bf16 form of an old value: views of a rounded value are views of its rounding."""
+            """The rounded form of an old value: views of a rounded value are views of its rounding."""
             if name not in halves:
                 maker = graph.producers.get(name)
                 if maker is not None and isinstance(maker.op, _VIEWS):
                     inner = half(rw, maker.inputs[0])
                     halves[name] = rw.emit(maker.op, inner, name=f"{name}.half", origin=maker.origin)
                 else:
-                    halves[name] = rw.emit(ops.Cast(BF16), rw.of(name)[0], name=f"{name}.half")
+                    halves[name] = rw.emit(ops.Cast(kind), rw.of(name)[0], name=f"{name}.half")
             return halves[name]
 
         def step(rw: Rewriter, node: Node) -> bool:
             if not isinstance(node.op, ops.Attention) or graph.types[node.inputs[0]].dtype != F32:
                 return False
-            if why := _why_not(graph, node, context):
+            if why := _why_not(graph, node, context, kind):
                 context.refuse(self.name, node.output, f"stays f32: {why}")
                 return False
             inputs = [half(rw, x) for x in node.inputs[:3]] + list(rw.of(*node.inputs[3:]))
@@ -85,9 +89,11 @@ class LowerAttention(Pass):
         return rewrite(graph, step)[0]
 
 
-def _why_not(graph: Graph, node: Node, context: Context) -> str:
-    if context.target is not None and not context.target.rate(BF16, BF16):
-        return f"{context.target.name} has no products of bf16"
+def _why_not(graph: Graph, node: Node, context: Context, half: DType) -> str:
+    if context.target is not None and not context.target.rate(half, half):
+        return f"{context.target.name} has no products of {half}"
+    if context.target is not None and context.target.kind == "gpu":
+        return ""  # its kernels fill up what is missing
     depth, (rows, columns) = graph.types[node.inputs[0]].shape[-1], node.type.shape[-2:]
     if isinstance(depth, int) and depth % 2:
         return f"a depth of {depth} has no pairs"

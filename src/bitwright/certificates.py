@@ -94,7 +94,8 @@ def _stored(kernel: Kernel, node: Node, built: Built) -> Stored:
 def _layout(kernel: Kernel) -> Mapping[str, Any]:
     from bitwright.codegen.tvm.select import template_of
 
-    return template_of(kernel.template).layout(kernel.config)
+    assert isinstance(kernel.node.op, ops.Region)
+    return template_of(kernel.template).layout(kernel.node.op.body, kernel.config)
 
 
 def _plain(value: Any) -> Any:

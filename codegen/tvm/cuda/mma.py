@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from bitwright.codegen.tvm.cuda.config import CudaConfig
 from bitwright.codegen.tvm.cuda.mma_emit import Kernel, Pointers, Put
 from bitwright.codegen.tvm.cuda.mma_spec import Product, Tile
 from bitwright.codegen.tvm.cuda.products import product_of, root_of, rows_of, zero_of
+from bitwright.codegen.tvm.cuda.read_back import layout_of, unpacked
 from bitwright.codegen.tvm.cuda.store import RowEpilogue
 from bitwright.codegen.tvm.generic_eval import memory, unflatten
 from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
@@ -135,6 +136,12 @@ class Mma(Template):
             if again[each.shape[0] :].any() or again[:, each.shape[1] :].any():
                 return "the packed weights have values where there are none"
         return ""
+
+    def layout(self, body: Graph, config: Config) -> Mapping[str, Any]:
+        return layout_of(contraction(body), config)
+
+    def unpack(self, layout: Mapping[str, Any], packed: list[Array], shape: tuple[int, ...]) -> Array:
+        return unpacked(layout, packed, shape)
 
     def emit(self, body: Graph, config: Config, symbol: str) -> object:
         assert isinstance(config, MmaConfig)

@@ -1,7 +1,8 @@
 """Contenders in processes of their own, and races between them and programs in this one.
 
 A peer runs in ``worker.py`` under an interpreter that has its engine: this one, or the one that an environment
-variable names (``BITWRIGHT_NNCF_PYTHON`` for OpenVINO and nncf, ``BITWRIGHT_DEEPSPARSE_PYTHON``). Processes are pinned
+variable names (``BITWRIGHT_NNCF_PYTHON`` for OpenVINO and nncf, ``BITWRIGHT_DEEPSPARSE_PYTHON``, and
+``BITWRIGHT_TORCHAO_PYTHON`` for torch with torchao, which its int8 needs). Processes are pinned
 to the core of the race and stopped while another contender has its turn, since some engines spin when idle.
 """
 
@@ -28,7 +29,10 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 SWEEP = 128 << 20
 """Bytes read between cold calls."""
-PYTHONS = {"openvino": "BITWRIGHT_NNCF_PYTHON", "deepsparse": "BITWRIGHT_DEEPSPARSE_PYTHON"}
+PYTHONS = {
+    "openvino": "BITWRIGHT_NNCF_PYTHON", "deepsparse": "BITWRIGHT_DEEPSPARSE_PYTHON",
+    "torch": "BITWRIGHT_TORCHAO_PYTHON",
+}  # fmt: skip
 
 
 class Failed(Exception):

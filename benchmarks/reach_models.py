@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +13,9 @@ import engines
 import footprint
 import models
 import peers
+import tables
 from claims import Claim, Group, Quoted, Row
 from reach import Found, Run, compiled, int8_peers, measured, ready
-
-import bitwright as bw
 
 SPARSE = {"dense": "int8"} | {p: f"nm-mask{{pattern={p} skip_first=true}}, int8" for p in ("2:4", "2:8", "2:16")}
 BLOCKS = "fixed-count-mask{count=3 per=16 block=4 skip_first=true}, int8"
@@ -176,7 +176,15 @@ def compile_rows(run: Run) -> Found:
 
 
 def tuner_rows(run: Run) -> Found:
-    """The tuner's table is its own (``bitwright tune``)."""
-    why = "bitwright tune reports it" if hasattr(bw, "tune") else "there is no tuner in this tree"
-    return [Row("tuner, share of the best known time in 10 minutes", "", "", None, None, None, None, 0.95, None, None,
-                why)], {}  # fmt: skip
+    """What ``tuning.py`` has measured: gains of whole models, and how near ResNet-50 came to the best known."""
+    path, wanted = tables.RESULTS / "tuning.json", "tuner, ResNet-50: share of the best known kernel time"
+    found = json.loads(path.read_text())["models"] if path.exists() else []
+    rows = [
+        Row(f"tuner, {m['model']}", "tuned", "untuned", m["tuned"] * 1e3, m["untuned"] * 1e3, 1 / m["ratio"], None, 1.0,
+            None, None, f"{m['tried']} candidates, {m['date']}")
+        for m in found
+    ]  # fmt: skip
+    share = next((m["share"] for m in found if m["model"] == "resnet50" and m["share"]), None)
+    why = "" if share else "python benchmarks/tuning.py --models resnet50 --minutes 10 --known 10 measures it"
+    rows.append(Row(wanted, "tuned", "all known records", None, None, share, None, 0.95, None, None, why))
+    return rows, {}

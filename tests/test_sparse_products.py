@@ -1,11 +1,15 @@
 """Products of packed weights on an emulated device, tensors of torch in and out."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from bitwright.codegen.cuda.transposable import Product
+from bitwright.errors import InvalidInput
 from bitwright.gpu_emulation import EmulatedDriver
 from bitwright.sparse_linear import TransposableWeight
-from bitwright.sparse_products import Products, why_not
+from bitwright.sparse_products import Products, prepare, why_not
 from tests.test_sparse_linear import masked
 
 
@@ -19,6 +23,15 @@ def test_products_of_torch_tensors(by_columns: bool) -> None:
         got = run(x, packed, by_columns, bias)
         want = x.float() @ (packed.dense() if by_columns else packed.dense().T).float()
         torch.testing.assert_close(got.float(), want + (0 if bias is None else bias), rtol=2e-3, atol=2e-3)
+
+
+def test_kernels_that_were_compiled_elsewhere(tmp_path: Path) -> None:
+    packed, x = TransposableWeight.pack(masked(16, 16, 0, dtype=torch.float16)), torch.ones(2, 16).half()
+    prepare([Product(16, 16, 2)], "sm_80", tmp_path)
+    run = Products(EmulatedDriver(), "sm_80", tmp_path)
+    torch.testing.assert_close(run(x, packed, False), x @ packed.dense().T, rtol=2e-3, atol=2e-3)
+    with pytest.raises(InvalidInput, match="has no kernel for this product"):
+        run(x, packed, True)
 
 
 def test_what_tensor_cores_do_not_take() -> None:

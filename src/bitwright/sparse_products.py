@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bitwright.codegen.cache import Cache, key_of
-from bitwright.codegen.cuda.transposable import column_places
+from bitwright.codegen.cuda.package import Kernel, packed, unpacked
+from bitwright.codegen.cuda.transposable import Product, column_places
+from bitwright.ir.errors import InvalidInput
+from bitwright.ir.files import save
 from bitwright.ir.types import BF16, F16, DType
 from bitwright.runtime.cuda_driver import CudaDriver, Driver
 
@@ -29,10 +34,13 @@ def why_not(x: Tensor, weight: TransposableWeight) -> str:
 
 
 class Products:
-    """The products that one device runs; ``arch``: of its machine code."""
+    """The products that one device runs; ``arch``: of its machine code.
 
-    def __init__(self, driver: Driver, arch: str) -> None:
-        self.driver, self.arch = driver, arch
+    ``folder``: kernels that :func:`prepare` compiled elsewhere; then nothing is compiled here.
+    """
+
+    def __init__(self, driver: Driver, arch: str, folder: Path | None = None) -> None:
+        self.driver, self.arch, self.folder = driver, arch, folder
         self._launches: dict[str, tuple[int, ...]] = {}
         self._places: Tensor | None = None
 
@@ -43,8 +51,6 @@ class Products:
 
         All on the device; ``bias`` f32 is added. Sums are f32. Raises :class:`BitwrightError` where a launch fails.
         """
-        from bitwright.codegen.tvm.cuda.transposable import Product
-
         outputs, inputs = weight.shape
         p = Product(outputs, inputs, x.shape[0], by_columns, FORMATS[x.dtype], bias is not None)
         if self._places is None:
@@ -58,36 +64,53 @@ class Products:
         self.driver.launch(name, (gx, gy, gz), threads, shared, pointers, stream)
         return y
 
-    def _kernel(self, p: object) -> str:
-        """The loaded kernel of a product, compiled where the cache does not have it."""
-        from bitwright.codegen.tvm.select import version
-
-        name = f"t_{key_of(version(), p, self.arch)[:20]}"
+    def _kernel(self, p: Product) -> str:
+        """The loaded kernel of a product, compiled where neither the folder nor the cache has it."""
+        name = kernel_name(p, self.arch)
         if name not in self._launches:
-            text, cubin, launch = _compiled(p, name, self.arch)
-            self.driver.load({name: (cubin, text)})
-            self._launches[name] = launch
+            kernel = unpacked(self._stored(name) if self.folder else compiled(p, self.arch))
+            self.driver.load({name: (kernel.cubin, kernel.text)})
+            self._launches[name] = kernel.launch
         return name
 
+    def _stored(self, name: str) -> bytes:
+        assert self.folder is not None
+        path = self.folder / f"{name}.zip"
+        if not path.is_file():
+            raise InvalidInput(f"{self.folder} has no kernel for this product ({path.name}): prepare it again")
+        return path.read_bytes()
 
-def _compiled(p: object, name: str, arch: str) -> tuple[str, bytes, tuple[int, ...]]:
+
+def kernel_name(p: Product, arch: str) -> str:
+    """What the kernel of a product is called."""
+    return f"t_{key_of(p, arch)[:20]}"
+
+
+def compiled(p: Product, arch: str) -> bytes:
+    """The kernel of a product (``codegen/cuda/package.py``), from the cache where it is there."""
     from bitwright.codegen.cuda.machine_code import compile_cuda
-    from bitwright.codegen.cuda.package import Kernel, packed, unpacked
     from bitwright.codegen.tvm.cuda.builder import launch_of
     from bitwright.codegen.tvm.cuda.source import cuda_source
-    from bitwright.codegen.tvm.cuda.transposable import Product, emit
+    from bitwright.codegen.tvm.cuda.transposable import emit
+    from bitwright.codegen.tvm.select import version
 
-    store = Cache()
-    found = store.get(key_of("transposable", name))
-    if found is None:
-        assert isinstance(p, Product)
-        function = emit(p, name)
-        text = cuda_source(function)
-        made = compile_cuda(text, arch)
-        found = packed(Kernel(name, text, made.cubin, tuple(map(int, launch_of(function))), made.resources[name]))
-        store.put(key_of("transposable", name), found)
-    kernel = unpacked(found)
-    return kernel.text, kernel.cubin, kernel.launch
+    store, name = Cache(), kernel_name(p, arch)
+    key = key_of("transposable", version(), p, arch)
+    if (found := store.get(key)) is not None:
+        return found
+    function = emit(p, name)
+    text = cuda_source(function)
+    made = compile_cuda(text, arch)
+    data = packed(Kernel(name, text, made.cubin, tuple(map(int, launch_of(function))), made.resources[name]))
+    store.put(key, data)
+    return data
+
+
+def prepare(products: Iterable[Product], arch: str, folder: Path) -> None:
+    """Compile kernels into ``folder``, for a machine that has a device but no compiler."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for p in products:
+        save(folder / f"{kernel_name(p, arch)}.zip", compiled(p, arch))
 
 
 @cache

@@ -7,57 +7,19 @@ by columns, its two values lie anywhere among the block's eight: a table of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx  # type: ignore[import-untyped]
 
-from bitwright.codegen.cuda.transposable import DEPTH, ROWS, column_places
+from bitwright.codegen.cuda.transposable import DEPTH, ROWS, Product, column_places
 from bitwright.codegen.tvm.cuda.builder import CudaBuilder
 from bitwright.codegen.tvm.tir import Index, Pointer, Vec, const
-from bitwright.ir.errors import InvalidInput
-from bitwright.ir.types import BF16, F16, F32, S32, U8, U16, U32, DType
+from bitwright.ir.types import F16, F32, S32, U8, U16, U32
 
 TILE_ROWS, TILE_TOKENS, THREADS = 128, 128, 256
 _WARP_ROWS, _WARP_TOKENS = 32, 64
 _OUT = TILE_ROWS + 8
 """Elements between two tokens of the staged result: 16-byte steps that meet no bank twice."""
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """One of the two products of a weight [outputs, inputs] with ``tokens`` rows of activations or gradients.
-
-    ``by_columns``: the input gradient. ``dtype``: f16 or bf16, of all operands; sums are f32. ``bias``: f32 values
-    are added. Outputs and inputs are multiples of 8: raises :class:`InvalidInput` otherwise.
-    """
-
-    outputs: int
-    inputs: int
-    tokens: int
-    by_columns: bool = False
-    dtype: DType = F16
-    bias: bool = False
-    stages: int = 3
-
-    def __post_init__(self) -> None:
-        if self.outputs % 8 or self.inputs % 8:
-            raise InvalidInput(f"a weight of {self.outputs}x{self.inputs}: both sizes must be multiples of 8")
-        if self.dtype not in (F16, BF16):
-            raise InvalidInput(f"sparse products on tensor cores take f16 or bf16, not {self.dtype}")
-
-    @property
-    def rows(self) -> int:
-        return self.inputs if self.by_columns else self.outputs
-
-    @property
-    def depth(self) -> int:
-        return self.outputs if self.by_columns else self.inputs
-
-    @property
-    def steps(self) -> int:
-        """Turns of the main loop."""
-        return -(-self.depth // DEPTH)
 
 
 def emit(p: Product, name: str) -> Any:

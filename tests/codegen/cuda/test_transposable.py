@@ -6,10 +6,10 @@ import torch
 
 from bitwright.codegen.cuda.emulator import run_guarded
 from bitwright.codegen.cuda.machine_code import compile_cuda, sass
-from bitwright.codegen.cuda.transposable import column_places
+from bitwright.codegen.cuda.transposable import Product, column_places
 from bitwright.codegen.tvm.cuda.builder import launch_of
 from bitwright.codegen.tvm.cuda.source import cuda_source
-from bitwright.codegen.tvm.cuda.transposable import Product, emit
+from bitwright.codegen.tvm.cuda.transposable import emit
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.types import BF16, F16, F32
 from bitwright.ir.weights import Array

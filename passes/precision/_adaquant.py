@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from bitwright.ir.errors import InvalidInput
@@ -74,6 +74,7 @@ def adaquant(
     batch: int = 50,
     rates: Rates | None = PAPER,
     seed: int = 0,
+    begin: torch.Tensor | None = None,
 ) -> Rounded:
     """Codes, scales and bias of a layer by AdaQuant (Hubara et al., ICML 2021, arXiv 2006.10518).
 
@@ -85,12 +86,14 @@ def adaquant(
     ``weight`` [outputs, K] or [groups, outputs, K]; ``inputs`` [(groups,) rows, K], float; ``scale`` and ``zero``
     [(groups,) outputs, scales], ``columns`` (long [K]) the scale of each column when there are several. ``x_bits``:
     bits of the activation, per tensor and asymmetric over its extremes; None leaves it float. ``rates`` None adapts the
-    paper's rates to the magnitudes of the layer. Masked weights get the zero point. The result is the best state seen
-    on all inputs, the nearest codes among them: its error is never above ``error_nearest``.
+    paper's rates to the magnitudes of the layer. ``begin``: weights in the shape of ``weight``, such as those of GPTQ's
+    codes, that learning starts from where they give the smaller error. Masked weights get the zero point. The result
+    is the best state seen on all inputs, the nearest codes among them: its error is never above ``error_nearest``.
     """
     import torch
 
     task = _Task(weight, inputs, form, mask, columns, x_bits, bias, relu)
+    task.begin = None if begin is None else begin.detach().float().reshape(task.w.shape)
     state = task.start(scale, zero)
     used = rates if rates is not None else task.rates(state)
     parts = [
@@ -128,6 +131,8 @@ class _Task:
 
     y: torch.Tensor
     """What the float layer gives, of the pieces that :meth:`parts` makes."""
+    begin: torch.Tensor | None = None
+    """Weights to start from where they are better."""
 
     def __init__(
         self, weight: torch.Tensor, inputs: torch.Tensor, form: Levels, mask: torch.Tensor | None,
@@ -155,7 +160,7 @@ class _Task:
             some, part = slice(i, i + step), copy(self)
             part.w, part.kept, part.unit = self.w[:, some], self.kept[:, some], self.unit[:, some]
             part.given, part.reach, part.b = self.given[:, some], self.reach[:, some], self.b[..., some]
-            part.y = part.plain(self.x)
+            part.y, part.begin = part.plain(self.x), None if self.begin is None else self.begin[:, some]
             weight = part.w / self.wide(part.unit)
             own = (weight, state.reach[:, some], state.zero[:, some], state.bias[..., some])
             start = _State(*(t.detach().clone() for t in (*own, state.x_reach, state.x_zero)))
@@ -170,7 +175,7 @@ class _Task:
         return y.relu_() if self.relu else y
 
     def learn(self, state: _State, used: Rates, iterations: int, batch: int, seed: int) -> tuple[_State, float, float]:
-        """The best state seen, its error, and that of the first one."""
+        """The best state seen, its error, and that of nearest codes."""
         import torch
 
         learnt = [t for t in vars(state).values() if t.requires_grad]
@@ -179,7 +184,8 @@ class _Task:
         chosen = [([t for t in ts if t.requires_grad], rate) for ts, rate in groups]
         optimizers = [(torch.optim.Adam(ts, lr=rate), rate) for ts, rate in chosen if ts]
         generator = torch.Generator().manual_seed(seed)
-        first = least = self.error(state)
+        first = self.error(state)
+        least = self.improve(state, first)
         best, rows, look = state.copy(), self.x.shape[1], max(1, iterations // _LOOKS)
         for i in range(1, iterations + 1):
             some = torch.randint(rows, (min(batch, rows),), generator=generator) if batch < rows else slice(None)
@@ -197,6 +203,16 @@ class _Task:
                 if error < least:
                     best, least = state.copy(), error
         return best, least, first
+
+    def improve(self, state: _State, error: float) -> float:
+        """Put the weights to begin with into the state if these are better than its own of this error: the least."""
+        if self.begin is None:
+            return error
+        other = replace(state, weight=self.begin / self.wide(self.unit))
+        found = self.error(other)
+        if found < error:
+            state.weight.data.copy_(other.weight)
+        return min(found, error)
 
     def start(self, scale: torch.Tensor, zero: torch.Tensor | None) -> _State:
         """The state of nearest rounding, its weights not yet in units: :meth:`parts` does that piece by piece."""

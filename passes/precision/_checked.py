@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bitwright.passes.precision.assign_precision import AssignPrecision
 
 DOUBT = 3.0
-"""A plan is measured as well if its sum is below so many times the least loss measured: sums are seldom so far off."""
+"""Further plans are measured if their sum is below so many times the least loss measured: sums are seldom so wrong."""
 ROUNDS = 4
 """How often a budget on the loss is tightened until what is measured keeps it."""
 Measure = Callable[[Mapping[str, str]], float]
@@ -57,9 +57,9 @@ def measure(graph: Graph, context: Context, p: AssignPrecision) -> Measure:
 
 
 def best_of(problem: Problem, loss: Measure) -> Checked:
-    """The plan of the program, one without patterns where it takes any, and every plan of a single format within the
-    budget that comes near them: that of the least measured loss. With a budget on the loss, the plan of the least cost
-    whose measured loss keeps it, found by tightening the budget on the sum."""
+    """The plan of the program, the best one of a single format within the budget, and others that come near (without
+    patterns where the first takes any; of other formats): that of the least measured loss. With a budget on the loss,
+    the plan of the least cost whose measured loss keeps it, found by tightening the budget on the sum."""
     return _within_loss(problem, loss) if problem.by_loss else _least_loss(problem, loss)
 
 
@@ -67,12 +67,14 @@ def _least_loss(problem: Problem, loss: Measure) -> Checked:
     found = [("least sum", problem.solve())]
     if any(problem.choices[c].pattern for c in found[0][1].choice):
         found += _restricted(problem, "no patterns", lambda c: problem.choices[c].pattern is None)
+    single: list[tuple[str, Allocation]] = []
     for j, choice in enumerate(problem.choices):
-        found += _restricted(problem, f"{choice} everywhere", lambda c, j=j: c == j)  # type: ignore[misc]
+        single += _restricted(problem, f"{choice} everywhere", lambda c, j=j: c == j)  # type: ignore[misc]
+    single.sort(key=lambda item: item[1].loss)
     done: dict[tuple[int, ...], float] = {}
     tried, best, least = [], found[0][1], float("inf")
-    for name, plan in found:
-        if plan.choice in done or plan.loss > DOUBT * least:
+    for i, (name, plan) in enumerate([*found[:1], *single[:1], *found[1:], *single[1:]]):
+        if plan.choice in done or (i > 1 and plan.loss > DOUBT * least):
             continue
         done[plan.choice] = lost = loss(plan_of(problem, plan))
         tried.append((name, plan.cost, plan.loss, lost))

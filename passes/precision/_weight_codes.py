@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 ROWS = 4096
 """Rows of inputs kept for AdaQuant; all others work on sums."""
 BATCH = 256
+FACTORS = 1024
+"""Inputs of a layer up to which AdaQuant begins with GPTQ's codes: factors of Gram matrices take some 64 bytes times
+their square, which shall stay below what learning holds."""
 ITERATIONS = {"adaround": 2000, "adaquant": 300}
 """Unless the user asks for another number. AdaQuant: rates that fall to zero make 300 do more than 1,000 of the paper's
 constant ones, whose error ends up swinging by a fifth."""
@@ -45,7 +48,7 @@ class Inputs:
 
     groups: int
     keep: int = 0
-    """Rows to keep, evenly spread over all there are; 0 keeps their sums of x xᵀ instead."""
+    """Rows to keep, spread over all there are; 0 keeps their sums of x xᵀ instead."""
     gram: torch.Tensor | None = None
     buffer: torch.Tensor | None = None
     filled: int = 0
@@ -68,10 +71,14 @@ class Inputs:
             seen += len(flat)
 
     def _hold(self, flat: torch.Tensor, seen: int, total: int, want: int, shape: tuple[int, ...]) -> None:
-        """Copy those of ``want`` evenly spread rows of a batch that fall into a piece of it into the buffer."""
+        """Copy those of ``want`` spread rows of a batch that fall into a piece of it into the buffer.
+
+        One of each ``total / want`` rows, which one by chance: equal steps would take the same columns of every image.
+        """
         import torch
 
-        chosen = torch.arange(want) * total // max(1, want) - seen
+        chance = torch.rand(want, generator=torch.Generator().manual_seed(total), dtype=torch.float64)
+        chosen = ((torch.arange(want) + chance) * total / max(1, want)).long() - seen
         some = flat[chosen[(chosen >= 0) & (chosen < len(flat))]].float()
         part = grouped_rows(some, self.groups, shape)[:, : self.keep - self.filled]
         if self.buffer is None:
@@ -106,24 +113,47 @@ def round_layer(op: ops.Op, weight: Array, start: Codes, inputs: Inputs, method:
     groups, form = inputs.groups, start.levels
     w = _matrix(op, weight, groups)
     kept = w != 0 if form.step == 1 and weight_is_masked(weight) else None
+    spread = (
+        _spread(op, start, start.scale, weight.shape, groups),
+        _spread(op, start, start.zero, weight.shape, groups),
+    )
     if method.name == "adaquant":
-        w = w.float()
         scale, zero, columns = _compact(op, weight, start, groups)
+        x = inputs.sample()
+        begin = _begin(w, x, *spread, form, kept, method.damping) if w.shape[-1] <= FACTORS else None
+        w = w.float()
         return rounding.adaquant(
-            w, inputs.sample(), scale, zero, form, kept, columns=columns, relu=relu, batch=BATCH, seed=method.seed,
+            w, x, scale, zero, form, kept, columns=columns, relu=relu, batch=BATCH, seed=method.seed,
             iterations=method.iterations or ITERATIONS["adaquant"],
-            rates=_rates(scale, form, method.fixed_scale, w.shape[-1]),
+            rates=_rates(scale, form, method.fixed_scale, w.shape[-1]), begin=begin,
         )  # fmt: skip
     assert inputs.gram is not None
-    full = [
-        _matrix(op, np.broadcast_to(to_numpy(start.spread(t)), weight.shape), groups) for t in (start.scale, start.zero)
-    ]
-    args = (w, inputs.gram, full[0], full[1], form, kept)
+    args = (w, inputs.gram, *spread, form, kept)
     if method.name == "adaround":
         return rounding.adaround(*args, iterations=method.iterations or ITERATIONS["adaround"])
     if method.name == "gptq":
         return rounding.gptq(*args, damping=method.damping)
     return rounding.gpfq(*args) if method.name == "gpfq" else rounding.nearest(*args)
+
+
+def _begin(
+    w: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, form: Levels, kept: torch.Tensor | None,
+    damping: float,
+) -> torch.Tensor:  # fmt: skip
+    """The weights of GPTQ's codes, f32, some outputs at a time."""
+    import torch
+
+    from bitwright.passes.precision import rounding
+    from bitwright.passes.precision._adaquant import BLOCK
+
+    gram = torch.stack([rows.T @ rows for rows in x])
+    found, step = torch.empty(w.shape), max(1, BLOCK // (len(w) * w.shape[2]))
+    for i in range(0, w.shape[1], step):
+        some = slice(i, i + step)
+        mask = None if kept is None else kept[:, some]
+        made = rounding.gptq(w[:, some], gram, scale[:, some], zero[:, some], form, mask, damping=damping)
+        found[:, some] = made.real()
+    return found
 
 
 def weight_is_masked(weight: Array) -> bool:
@@ -144,6 +174,11 @@ def with_result(op: ops.Op, weight: Array, start: Codes, result: Rounded) -> Cod
         small = whole[:, :: start.group] if start.group else whole.reshape(len(weight), -1)[:, 0]
         parameters.append(small.to(old.dtype).reshape(old.shape).clone())  # a view would hold all of ``whole``
     return start._replace(codes=codes, scale=parameters[0], zero=parameters[1])
+
+
+def _spread(op: ops.Op, start: Codes, values: torch.Tensor, shape: tuple[int, ...], groups: int) -> torch.Tensor:
+    """A scale or zero point for each weight, as a matrix."""
+    return _matrix(op, np.broadcast_to(to_numpy(start.spread(values)), shape), groups)
 
 
 def _matrix(op: ops.Op, array: Array, groups: int) -> torch.Tensor:

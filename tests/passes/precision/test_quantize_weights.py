@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from bitwright.ir.types import Unstructured
 from bitwright.ir.verify import verify
 from bitwright.passes import Context, parse_passes, run_pipeline
 from bitwright.passes._measure import relative_rms
+from bitwright.passes.precision._weight_codes import Inputs
 from bitwright.passes.precision.quantize_weights import QuantizeWeights
 from tests import digits_networks
 from tests.conftest import read_graph
@@ -292,3 +294,36 @@ def test_weights_of_float_layers_are_dequantized_beforehand(read: Read, options:
     (want,) = evaluate(ran(graph, passes, 1)[0], batch(graph))
     got = np.asarray(program(*batch(graph).values()))
     np.testing.assert_allclose(got, want.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_kept_of_images_are_from_every_column() -> None:
+    """Every fourth row of an 8 x 8 image would be from two columns of it alone."""
+    graph = read_graph("""
+        graph @g (%x: f32[1024, 4]) -> (y = %y) level=graph {
+          %w = weight {ref="fc.weight"} : f32[2, 4]
+          %y = linear(%x, %w) : f32[1024, 2]
+        }
+    """)
+    rows = torch.arange(64.0).repeat(16)[:, None].expand(-1, 4)
+    kept = Inputs(1, keep=256)
+    kept.add(graph, graph.producers["y"], rows, 0, 1)
+    columns = kept.sample()[0, :, 0] % 8
+    assert kept.filled == 256
+    assert all(10 < int((columns == c).sum()) < 60 for c in range(8))
+
+
+def test_adaquant_begins_where_gptq_ended(read: Read) -> None:
+    graph = read("""
+        graph @g (%x: f32[256, 16]) -> (y = %y) level=graph {
+          %w = weight {ref="fc.weight"} : f32[24, 16]
+          %y = linear(%x, %w) : f32[256, 24]
+        }
+    """)
+    rng = np.random.default_rng(0)
+    batch = (rng.standard_normal((256, 16)) @ rng.standard_normal((16, 16)) + 2).astype(np.float32)
+    errors = {}
+    for rounding in ("gptq", "adaquant"):
+        context = Context(calibration=[(batch,)])
+        QuantizeWeights(bits="4", rounding=rounding, iterations=1).run(graph, context)
+        errors[rounding] = context.remarks[-1][2]["error"]
+    assert errors["adaquant"] <= errors["gptq"] * 1.001 < 0.8 * context.remarks[-1][2]["error_nearest"]

@@ -42,7 +42,7 @@ from bitwright.ir.weights import Array
 
 PROCESSORS = {"sm_80": 108, "sm_90a": 132}
 """Multiprocessors of the devices that targets are named after (A100, H200)."""
-_PAYS = 1.05
+PAYS = 1.05
 _FEW = 32
 """So many outputs fill half of a sparse tile at most."""
 
@@ -236,7 +236,7 @@ def with_pattern(
     gain = target.sparse_gain(body.types[root.inputs[0]].dtype, NM(2, 4, 1))
     if asked == "2:4" and not obeys:
         return Refused("the weights do not obey 2:4 in the order in which they are summed")
-    if obeys and (asked or (gain >= _PAYS and p.outs > _FEW)):
+    if obeys and (asked or (gain >= PAYS and p.outs > _FEW)):
         return replace(p, sparse=True), f"2:4 weights, expected {gain:.2g}x over dense"
     if not obeys:
         return p, "dense weights"

@@ -15,7 +15,7 @@ import numpy as np
 from bitwright.codegen.tuning.space import Point, Space
 from bitwright.codegen.tvm.cuda import wgmma_layout, wgmma_spec
 from bitwright.codegen.tvm.cuda.builder import CudaBuilder
-from bitwright.codegen.tvm.cuda.mma import Mma, MmaConfig, contraction, others, with_pattern
+from bitwright.codegen.tvm.cuda.mma import PAYS, Mma, MmaConfig, contraction, others, with_pattern
 from bitwright.codegen.tvm.cuda.mma_emit import Pointers, Put
 from bitwright.codegen.tvm.cuda.mma_spec import Product
 from bitwright.codegen.tvm.cuda.products import product_of, rows_of, zero_of
@@ -56,6 +56,12 @@ class Wgmma(Mma):
         if why := _unsuited(p):
             return Refused(why)
         cut, told = wgmma_spec.default(p, target.l1_bytes)
+        if p.sparse and not point:
+            other, plain = wgmma_spec.default(dense, target.l1_bytes)
+            gain = other.cycles(dense) / cut.cycles(p)
+            kind = f"2:4 weights, {gain:.2f}x over dense by counting"
+            if gain < PAYS:
+                p, cut, told, kind = dense, other, plain, "2:4 weights run dense: no gain by counting"
         if point:
             cut, told = wgmma_spec.cut_of(point), "as tuned"
             if fault := cut.fault(p, target.l1_bytes):

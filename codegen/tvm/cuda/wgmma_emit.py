@@ -58,10 +58,12 @@ class Kernel:
         with b.when(b.thread < 1):
             for s in range(c.stages):
                 b.call("bw_mbarrier_init", self._full(s), GROUP + (p.left == "packed"))
-                b.call("bw_mbarrier_init", self._empty(s), 4 * c.consumers)
+                b.call("bw_mbarrier_init", self._empty(s), 4 * c.consumers * c.cluster)
             b.call("bw_mbarrier_ready")
-        b.sync()
+        self._together()
         b.either(b.thread < GROUP, self._produce, lambda: self._consume(put))
+        if c.cluster > 1:  # none ends while another writes to it
+            self._together()
 
     # ---- where
     def _barrier(self, index: Index) -> object:
@@ -76,12 +78,12 @@ class Kernel:
     def _tasks(self, run: Callable[[Place], None]) -> None:
         """All tasks of this block, in an order in which blocks that run together share operands."""
         b, p, c = self.b, self.p, self.c
-        total, grid = c.tasks(p), c.grid(p)
-        across, down = c.tiles(p)
-        with b.loop(
-            div(b.block() * -1 + (total - 1), grid) + 1 if total % grid else total // grid, name="task"
-        ) as turn:
-            task = b.index(b.block() + turn * grid)
+        total, grid = c.tasks(p) // c.cluster, c.grid(p) // c.cluster
+        across, down = c.tiles(p)[0], c.tiles(p)[1] // c.cluster
+        rank, block = mod(b.block(), c.cluster), b.index(div(b.block(), c.cluster))
+        turns = div(block * -1 + (total - 1), grid) + 1 if total % grid else total // grid
+        with b.loop(turns, name="task") as turn:
+            task = b.index(block + turn * grid)
             part, number = b.index(mod(task, c.split)), b.index(div(task, c.split))
             batch, inside = b.index(div(number, across * down)), b.index(mod(number, across * down))
             band = min(c.raster, across)
@@ -94,7 +96,8 @@ class Kernel:
             each = math.ceil(steps / c.split)
             first = b.index(part * each)
             count = b.index(minimum(each, steps - first)) if steps % each else each
-            run(Place(batch, tile, b.index(row * c.rows), first, count, number, part))
+            at = b.index((row * c.cluster + rank) * c.rows)
+            run(Place(batch, tile, at, first, count, b.index(number * c.cluster + rank), part))
 
     # ---- the producer
     def _produce(self) -> None:
@@ -147,7 +150,14 @@ class Kernel:
             b.call("bw_mbarrier_expect", self._full(slot), nbytes)
             tiles = c.tiles(p)[0]
             place = ((at.batch * tiles + at.tile) * c.steps(p) + k) * nbytes
-            b.call("bw_bulk_load", b.address(self._shared, to), b.address(self.at.w, place), nbytes, self._full(slot))
+            full = self._full(slot)
+            if c.cluster == 1:
+                b.call("bw_bulk_load", b.address(self._shared, to), b.address(self.at.w, place), nbytes, full)
+                return
+            share = nbytes // c.cluster
+            skip = b.index(mod(b.block(), c.cluster) * share)
+            ends = b.address(self._shared, to + skip), b.address(self.at.w, place + skip)
+            b.call("bw_bulk_multicast", *ends, share, full, (1 << c.cluster) - 1)
 
     # ---- the consumers
     def _consume(self, put: Put) -> None:
@@ -174,13 +184,13 @@ class Kernel:
                 b.call("bw_wgmma_commit")
                 b.call("bw_wgmma_wait1")
                 with b.when(tirx.all(step > 0, b.lane < 1)):
-                    b.call("bw_mbarrier_arrive", self._empty(mod(turn + (c.stages - 1), c.stages)))
+                    self._release(turn)
                 done.set(Vec(turn + 1, S32, 1))
             b.call("bw_wgmma_wait0")
             for i in range(c.each):
                 self._keep(acc, i)
             with b.when(b.lane < 1):
-                b.call("bw_mbarrier_arrive", self._empty(mod(self._turn(done) + (c.stages - 1), c.stages)))
+                self._release(self._turn(done))
             if c.split == 1:
                 self._write(at, acc, group, put)
                 return
@@ -277,6 +287,23 @@ class Kernel:
                         put(at.batch, y, x, [b.let(four.part(k, 1)) for k in range(4)])
 
     # ---- small
+    def _together(self) -> None:
+        """All threads of the cluster wait for each other."""
+        if self.c.cluster > 1:
+            self.b.call("bw_cluster_sync")
+        else:
+            self.b.sync()
+
+    def _release(self, turn: Index) -> None:
+        """The stage before this turn's may be filled again, by every block that fills it."""
+        b, c = self.b, self.c
+        slot = b.index(mod(turn + (c.stages - 1), c.stages))
+        if c.cluster == 1:
+            b.call("bw_mbarrier_arrive", self._empty(slot))
+            return
+        for rank in range(c.cluster):
+            b.call("bw_mbarrier_arrive_at", self._empty(slot), rank)
+
     def _turn(self, done: Register) -> Index:
         """k-steps before this one, of all tiles."""
         return self.b.index(self.b.let(done.get()).expr)
@@ -293,4 +320,4 @@ def _word(value: int) -> object:
 
 def builder(symbol: str, p: Product, c: Cut) -> CudaBuilder:
     """The builder of a kernel: one block a multiprocessor, so that registers can be moved."""
-    return CudaBuilder(symbol, grid=(c.grid(p), 1, 1), threads=c.threads, min_blocks=1)
+    return CudaBuilder(symbol, grid=(c.grid(p), 1, 1), threads=c.threads, min_blocks=1, cluster=c.cluster)

@@ -2,7 +2,8 @@
 
 Counts of one Hopper multiprocessor (NVIDIA's H100 whitepaper; 132 of them): a dense 64 x N x 32 bytes product takes
 N / 2 cycles of the tensor cores, a 2:4 one of twice the k as many; shared memory gives 128 bytes a cycle, of which an
-instruction reads 2 KiB of A and 32 (2:4: 64) bytes of each of N rows of B; the L2 cache gives some 32 bytes a cycle.
+instruction reads 2 KiB of A and 32 (2:4: 64) bytes of each of N rows of B; the L2 cache gives some 32 bytes a cycle,
+memory 2735 to all of them (4.8 TB/s at 1.755 GHz).
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from bitwright.codegen.tvm.cuda.wgmma_layout import ROWS, STEP, blob_bytes
 
 PROCESSORS = 132
 """Multiprocessors of the H100 and H200 SXM; a device with others runs the same kernels."""
+_CLUSTERS = {1: PROCESSORS, 2: PROCESSORS, 4: 120}
+"""Blocks that surely run at once, by the size of clusters: a cluster lies in one GPC, whose multiprocessors may be no
+multiple of four, and one that had to wait for the others would double the time."""
 PITCH = ROWS + 4
 """Words of a row of sums in shared memory: neighbouring rows lie in other banks."""
+_MEMORY = 2735.0
 _CALL = 600.0
 """Cycles until a tile's first operands are there, partly hidden."""
 
@@ -30,6 +35,7 @@ class Cut:
 
     ``stages`` of operands in shared memory, of which the newest ``ahead`` are still being copied; ``split`` blocks
     share the sums of a tile; ``raster`` tiles of outputs run together; ``blocks`` run at once, each takes many tiles.
+    ``cluster`` (1, 2 or 4) blocks with neighbouring rows fetch packed weights together, each a part for all.
     """
 
     outs: int
@@ -40,6 +46,7 @@ class Cut:
     split: int = 1
     raster: int = 4
     blocks: int = PROCESSORS
+    cluster: int = 1
 
     @property
     def threads(self) -> int:
@@ -86,8 +93,8 @@ class Cut:
         return self.barriers_at(p) + 16 * self.stages + 16
 
     def tiles(self, p: Product) -> tuple[int, int]:
-        """Along outputs and rows."""
-        return math.ceil(p.outs / self.outs), math.ceil(p.rows / self.rows)
+        """Along outputs and rows; of rows a multiple of the cluster."""
+        return math.ceil(p.outs / self.outs), math.ceil(p.rows / self.rows / self.cluster) * self.cluster
 
     def tasks(self, p: Product) -> int:
         """Tiles of all batches and parts of sums."""
@@ -95,12 +102,16 @@ class Cut:
 
     def grid(self, p: Product) -> int:
         """Blocks of a launch."""
-        return min(self.tasks(p), self.blocks)
+        return min(self.tasks(p), self.blocks // self.cluster * self.cluster)
 
     def fault(self, p: Product, shared: int) -> str:
         """Why no kernel is cut so; the empty string if one is. ``shared``: bytes a block may have."""
         if self.consumers not in (1, 2) or self.outs not in (64, 128, 256) or self.outs < ROWS * self.consumers:
             return "a consumer takes 64 or 128 outputs"
+        if self.cluster not in (1, 2, 4) or (self.cluster > 1 and p.left != "packed"):
+            return "clusters of two or four share packed weights"
+        if self.blocks < self.cluster:
+            return "fewer blocks than a cluster has"
         if self.rows not in widths(not p.is_integer):
             return f"no instruction has {self.rows} columns"
         if self.words > 128:
@@ -119,11 +130,13 @@ class Cut:
         blocks, instructions = self.outs // ROWS, 2 if p.sparse else 4
         tensor = instructions * blocks * self.rows / 2
         banks = instructions * blocks * (2048 + self.rows * (64 if p.sparse else 32)) / 128
-        cache = self.stage_bytes(p) / 32
+        cache = (self.left_bytes(p) / self.cluster + self.rows * STEP) / 32
         end = self.outs * self.rows * (4 if self.split == 1 else 12) / 32
         steps = math.ceil(self.steps(p) / self.split)
-        waves = math.ceil(self.tasks(p) / self.blocks)
-        return waves * (steps * max(tensor, banks, cache, 64.0) + end + _CALL)
+        waves = math.ceil(self.tasks(p) / self.grid(p))
+        bytes_of_w = p.outs * p.bytes_of_k * ((1 + 1 / (4 * p.size)) / 2 if p.sparse else 1)
+        moved = p.batch * (bytes_of_w + p.rows * p.bytes_of_k + p.rows * p.outs * p.size)
+        return max(waves * (steps * max(tensor, banks, cache, 64.0) + end + _CALL), moved / _MEMORY)
 
 
 def filled(cut: Cut, p: Product, shared: int) -> Cut:
@@ -136,23 +149,28 @@ def filled(cut: Cut, p: Product, shared: int) -> Cut:
 def cuts(p: Product, shared: int) -> Iterator[Cut]:
     """Cuts worth a thought."""
     for rows in (256, 192, 128, 96, 64, 48, 32, 16, 8):
-        if rows >= 2 * p.rows and rows > 8:
+        if (rows >= 2 * p.rows and rows > 8) or rows < p.rows <= 64:
             continue
         for outs, consumers in ((128, 2), (256, 2), (64, 1)):
             steps = Cut(outs, rows).steps(p)
             for split in (1, 2, 3, 4, 6, 8, 12, 16):
                 if split > 1 and split * 4 > steps:
                     continue
-                cut = filled(Cut(outs, rows, consumers, split=split), p, shared)
-                if not cut.fault(p, shared):
-                    yield cut
+                for cluster, blocks in _CLUSTERS.items():
+                    if rows * cluster >= p.rows + rows and cluster > 1:
+                        continue
+                    cut = Cut(outs, rows, consumers, split=split, blocks=blocks, cluster=cluster)
+                    cut = filled(cut, p, shared)
+                    if not cut.fault(p, shared):
+                        yield cut
 
 
 def default(p: Product, shared: int) -> tuple[Cut, str]:
     """The cut of fewest cycles, and why."""
-    best = min(cuts(p, shared), key=lambda c: (c.cycles(p), c.split))
+    best = min(cuts(p, shared), key=lambda c: (c.cycles(p), c.split, c.cluster))
     ideal = p.outs * p.rows * p.batch * p.bytes_of_k / 32 / (128 * PROCESSORS) / (2 if p.sparse else 1)
     why = f"tiles of {best.outs} outputs by {best.rows} rows, {best.tasks(p)} on {best.grid(p)} blocks"
+    why += f", weights shared by {best.cluster} blocks" if best.cluster > 1 else ""
     why += f", sums in {best.split} parts" if best.split > 1 else ""
     share = min(ideal / best.cycles(p), 1.0)
     return best, f"{why}; {best.stages} stages of {STEP} bytes; {share:.0%} of the tensor cores' peak by counting"
@@ -163,8 +181,8 @@ def knobs() -> tuple[Knob, ...]:
     return (
         Knob("outs", (64, 128, 256)), Knob("rows", (8, 16, 32, 64, 96, 128, 192, 256)), Knob("consumers", (1, 2)),
         Knob("stages", (2, 3, 4, 5, 6)), Knob("ahead", (0, 1, 2, 3, 4)), Knob("split", (1, 2, 3, 4, 6, 8, 12, 16)),
-        Knob("raster", (1, 2, 4, 8, 16)), Knob("blocks", (PROCESSORS, 2 * PROCESSORS)),
-        Knob("kernel", ("dense", "2:4")),
+        Knob("raster", (1, 2, 4, 8, 16)), Knob("blocks", (120, 128, PROCESSORS)),
+        Knob("cluster", (1, 2, 4)), Knob("kernel", ("dense", "2:4")),
     )  # fmt: skip
 
 
@@ -172,7 +190,8 @@ def point_of(cut: Cut, p: Product) -> dict[str, Setting]:
     """The point of the space that is a cut."""
     return {
         "outs": cut.outs, "rows": cut.rows, "consumers": cut.consumers, "stages": cut.stages, "ahead": cut.ahead,
-        "split": cut.split, "raster": cut.raster, "blocks": cut.blocks, "kernel": "2:4" if p.sparse else "dense",
+        "split": cut.split, "raster": cut.raster, "blocks": cut.blocks, "cluster": cut.cluster,
+        "kernel": "2:4" if p.sparse else "dense",
     }  # fmt: skip
 
 

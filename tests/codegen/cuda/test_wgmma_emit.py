@@ -1,5 +1,6 @@
 """Whole kernels of warpgroup products in the emulator against the reference, and their machine code."""
 
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -18,6 +19,7 @@ from bitwright.codegen.tvm.cuda.wgmma import Wgmma, WgmmaConfig
 from bitwright.codegen.tvm.cuda.wgmma_spec import Cut
 from bitwright.codegen.tvm.template import Refused
 from bitwright.ir import ops
+from bitwright.ir.errors import BitwrightError
 from bitwright.ir.interpret import evaluate, to_numpy
 from bitwright.ir.types import BF16
 from bitwright.ir.weights import Array
@@ -171,6 +173,11 @@ def test_cuts() -> None:
     ):  # fmt: skip
         k.add(int_linear(70, 600, 300, rng), cut)
         k.add(int_linear(50, 600, 300, rng, sparse=True), cut)
+    for cut in (
+        Cut(128, 16, 2, 3, 1, blocks=4, cluster=2), Cut(64, 8, 1, 4, 2, blocks=9, cluster=4),
+        Cut(128, 24, 2, 3, 1, split=2, blocks=2, cluster=2),
+    ):  # fmt: skip
+        k.add(int_linear(37, 600, 200, rng, sparse=cut.outs == 64), cut)
     k.add(linear(50, 300, 200, rng, sparse=True), Cut(128, 24, 2, 4, 2, split=2, blocks=4))
     k.run((3,))
 
@@ -183,6 +190,26 @@ def test_convolutions() -> None:
     k.add(conv(rng, 48, "float16", sparse=True))
     k.add(conv(rng, 32, groups=2), Cut(64, 16, 1, 3, 1, blocks=3))
     k.run()
+
+
+@pytest.mark.parametrize(
+    ("call", "seen"),
+    [
+        (r"bw_cluster_sync\(\);\n}", "has ended"),
+        (r"bw_mbarrier_arrive_at\([^;]*, 1\);", "wait for ever"),
+        (r"bw_fence_proxy\(\);", "int 37x600"),
+        (r"bw_wgmma_wait0\(\);", "wgmma|int 37x600"),
+    ],
+)
+def test_a_missing_call_is_seen(call: str, seen: str) -> None:
+    """Removed from the text, the kernel must fail or give wrong sums in some order of threads."""
+    rng, k = np.random.default_rng(9), Kernels([])
+    k.add(int_linear(37, 600, 200, rng), Cut(128, 16, 2, 3, 1, blocks=4, cluster=2))
+    text = re.sub(call, "}" if call.endswith("}") else "", k.text)
+    assert text != k.text
+    k.text = text
+    with pytest.raises((AssertionError, BitwrightError), match=seen):
+        k.run(tuple(range(6)))
 
 
 def test_products_of_computed_operands() -> None:
@@ -201,7 +228,7 @@ def test_machine_code(kind: str, sparse: bool) -> None:
         int_linear(512, 512, 256, rng, sparse=sparse) if kind == "uint8" else linear(512, 512, 256, rng, sparse=sparse)
     )
     k.add(case, Cut(128, 256, 2, 4, 2))
-    k.add(case, Cut(256, 128, 2, 4, 2))
+    k.add(case, Cut(256, 128, 2, 4, 2, cluster=2))
     k.add(conv(rng, 64, kind, sparse), Cut(128, 256, 2, 4, 2))
     k.add(case, Cut(64, 64, 1, 4, 2, split=2))
     shown = sass(k.compiled().cubin)
@@ -246,7 +273,8 @@ def test_large_products_are_near_the_peak_by_counting() -> None:
         p = Product("f16", 8192, Matrix(8192, 8192, 8192), sparse=sparse)
         cut, why = wgmma_spec.default(p, SM90.l1_bytes)
         assert cut.outs * cut.rows == 128 * 256
-        assert "of the tensor cores' peak" in why
+        assert cut.cluster > 1
+        assert int(why.split("% of the tensor cores' peak")[0].split()[-1]) > (60 if sparse else 90)
 
 
 def test_few_rows_split_sums() -> None:

@@ -42,9 +42,8 @@ class Product:
 
 def draw(rng: np.random.Generator, shape: tuple[int, ...], kind: str, sparse: bool = False) -> Array:
     """Random values; the first row are extremes. ``sparse``: 2:4 along the last axis, groups of none and one too."""
-    if kind in FLOATS:
-        a = rng.standard_normal(shape)
-    else:
+    a: Array = rng.standard_normal(shape)
+    if kind in INTEGERS:
         info = np.iinfo(INTEGERS[kind])
         a = rng.integers(info.min, info.max + 1, shape)
         a.reshape(-1, shape[-1])[0] = info.min or info.max

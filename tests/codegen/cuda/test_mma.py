@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bitwright.codegen.targets import GPUS
-from bitwright.codegen.tuning.space import Setting
+from bitwright.codegen.tuning.space import Point
 from bitwright.codegen.tvm.cuda.mma import Mma
 from bitwright.codegen.tvm.cuda.mma_spec import Tile, default
 from bitwright.codegen.tvm.cuda.products import product_of
@@ -37,13 +37,13 @@ KINDS = ("f16", "bf16", "s8", "u8")
 
 
 def point(
-    outs: int, rows: int, warps: tuple[int, int], depth: int = 64, stages: int = 3, split: int = 1, **more: object
-):  # type: ignore[no-untyped-def]
-    made: dict[str, Setting] = {
+    outs: int, rows: int, warps: tuple[int, int], depth: int = 64, stages: int = 3, split: int = 1, *,
+    raster: int = 4, kernel: str = "dense",
+) -> Point:  # fmt: skip
+    return {
         "outs": outs, "rows": rows, "warps_outs": warps[0], "warps_rows": warps[1], "depth": depth, "stages": stages,
-        "split": split, "raster": 4, "kernel": "dense",
+        "split": split, "raster": raster, "kernel": kernel,
     }  # fmt: skip
-    return {**made, **more}
 
 
 SHAPES = ((13, 200, 66), (70, 131, 260), (1, 70, 131), (8, 65, 512), (37, 10, 72), (130, 64, 100))
@@ -109,7 +109,10 @@ def test_what_follows_is_fused() -> None:
                 (ops.Requantize(S8, -7, 1), ("v0", "m", "s")), (ops.Dequantize(), ("v1", "scale")),
                 (ops.Binary("add"), ("v2", "residual")), (ops.Unary("relu"), ("v3",)),
             ],
-            more={"m": m[:64], "s": s[:64], "scale": np.float32(0.25), "residual": draw(rng, (33, 64), "f32")},
+            more={
+                "m": m[:64], "s": s[:64], "scale": np.array(0.25, np.float32),
+                "residual": draw(rng, (33, 64), "f32"),
+            },
         ),
         linear(
             rng, "f16", 33, 72, 100,
@@ -320,13 +323,13 @@ def linear_body(rows: int, outs: int, k: int) -> Graph:
 def test_ten_thousand_tiles(kind: str, sparse: bool) -> None:
     """Blocks of one launch, of 64 by 64 and 64 by 8 sums each, values fresh in each."""
     rng = np.random.default_rng(12)
-    kernel = {"kernel": "2:4" if sparse else "dense"}
+    kernel = "2:4" if sparse else "dense"
     depth = 128 if sparse else 64
     products = [
         linear(rng, kind, 50 * rows - 3, 100 * 64 - 5, 2 * depth, sparse=sparse, point=p)
         for rows, p in (
-            (64, point(64, 64, (1, 2), depth, 2, **kernel)),
-            (8, point(64, 8, (1, 1), depth, 2, **kernel)),
+            (64, point(64, 64, (1, 2), depth, 2, kernel=kernel)),
+            (8, point(64, 8, (1, 1), depth, 2, kernel=kernel)),
         )
     ]
     assert check(T, products) == []

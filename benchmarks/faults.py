@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -30,25 +31,46 @@ from bitwright.simulation import simulate_graph
 
 RATES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 TRAININGS = 3
-TRAINED = 0.1
-"""Share of stuck cells in training."""
+KINDS = (("plain", False, False), ("drop-connect", True, False), ("plain, known", False, True),
+         ("drop-connect, known", True, True))  # fmt: skip
+"""Name, whether cells are stuck in training, whether chips are tested and programmed around their faults."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A table: times more channels, share of stuck cells in training, and of those at the top in both."""
+
+    wide: int
+    trained: float
+    high: float
+
+    def __str__(self) -> str:
+        many = {1: "5 thousand weights", 4: "29 thousand weights"}[self.wide]
+        where = "half of them at the top, half at 0" if self.high else "all of them at 0"
+        return f"{many}; stuck cells: {where}; in training {self.trained:.0%}"
+
+
+SETTINGS = (Setting(1, 0.1, 0.5), Setting(4, 0.2, 0.5), Setting(4, 0.3, 0.0))
 EPOCHS = 12
 RECIPE = "observe-ranges, quantize-weights{bits=4}, quantize-int8"
 RESULT = Path(__file__).parent / "results" / "faults.md"
 
 
-def network() -> nn.Module:
-    """5 thousand weights."""
+def network(wide: int = 1) -> nn.Module:
+    """5 thousand weights, 29 thousand with ``wide`` 4."""
+    c = 8 * wide
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)
-    )
+        nn.Conv2d(1, c, 3, 2, 1), nn.ReLU(), nn.Conv2d(c, 2 * c, 3, 2, 1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(32 * c, 10),
+    )  # fmt: skip
 
 
-def trained(data: digits.Digits, seed: int, rate: float) -> nn.Module:
-    """The network after ``EPOCHS``, with so many weights stuck in every step."""
+def trained(data: digits.Digits, seed: int, how: Setting, faulty: bool, known: bool) -> nn.Module:
+    """The network after ``EPOCHS``, with cells stuck in every step if ``faulty``."""
     torch.manual_seed(seed)
-    net = network()
-    training = bw.fault_training(net, rate, seed=seed) if rate else None
+    net = network(how.wide)
+    stuck = {"rate": how.trained, "high": how.high, "known": known}
+    training = bw.fault_training(net, **stuck, seed=seed) if faulty else None
     optimizer = torch.optim.AdamW(net.parameters(), 4e-3)
     steps = EPOCHS * (len(data.x) // 32)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -61,9 +83,10 @@ def trained(data: digits.Digits, seed: int, rate: float) -> nn.Module:
     return (training.finish() if training else net).eval()
 
 
-def scheduled(net: nn.Module, data: digits.Digits) -> Schedule:
+def scheduled(net: nn.Module, data: digits.Digits, how: Setting) -> Schedule:
     """The network on a crossbar whose memory holds all test images at once."""
-    device = parse_device(text_of("rram").replace('size = "256 KiB"', 'size = "64 MiB"'))
+    text = text_of("rram").replace('size = "256 KiB"', 'size = "64 MiB"')
+    device = parse_device(text.replace("high = 0.5", f"high = {how.high}"))
     graph = bw.capture(net, (data.test_x,))
     calibration = [(data.x[: len(data.test_x)].numpy(),)]
     done = simulate_graph(graph, device, RECIPE, calibration, [data.test_x.numpy()])
@@ -84,32 +107,46 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = digits.load()
-    rows: dict[tuple[str, float], list[float]] = {}
-    for name, rate in (("plain", 0.0), ("drop-connect", TRAINED)):
-        for seed in range(TRAININGS):
-            made = scheduled(trained(data, seed, rate), data)
-            for share in RATES:
-                chips = range(options.chips if share else 1)
-                found = [accuracy(made, data, Faults(share, chip)) for chip in chips]
-                rows.setdefault((name, share), []).extend(found)
-                print(f"{name} {seed} {share:.0%}: {np.mean(found):.3f}", flush=True)
-    text = table(rows, options.chips)
-    print(text)
+    texts = [HEAD.format(trainings=TRAININGS, chips=options.chips)]
+    for how in SETTINGS:
+        texts.append(table(how, rows_of(how, data, options.chips)))
+        print(texts[-1], flush=True)
     if options.write:
-        RESULT.write_text(text, encoding="utf-8")
+        RESULT.write_text("\n".join(texts), encoding="utf-8")
 
 
-def table(rows: dict[tuple[str, float], list[float]], chips: int) -> str:
-    """Mean and worst accuracy by rate, for both trainings."""
+Rows = dict[tuple[str, float], list[float]]
+
+
+def rows_of(how: Setting, data: digits.Digits, chips: int) -> Rows:
+    """Accuracies of every kind and rate, over trainings and chips."""
+    rows: Rows = {}
+    for name, faulty, known in KINDS:
+        for seed in range(TRAININGS):
+            made = scheduled(trained(data, seed, how, faulty, known), data, how)
+            for share in RATES:
+                found = [accuracy(made, data, Faults(share, chip, known)) for chip in range(chips if share else 1)]
+                rows.setdefault((name, share), []).extend(found)
+    return rows
+
+
+HEAD = """# Accuracy against stuck cells
+
+Digits networks in 4 bits on the device `rram`, {trainings} trainings of each kind, {chips} chips for each; test accuracy
+in percent, mean / worst. Drop-connect: `bitwright.fault_training`. Known: the chip's faults were found by testing it, and
+healthy cells are programmed to make up for stuck ones. `python benchmarks/faults.py --write`
+"""
+
+
+def table(how: Setting, rows: Rows) -> str:
+    """Mean and worst accuracy by rate, of every kind."""
     lines = [
-        "# Accuracy against stuck cells", "",
-        f"Digits network of 5 thousand weights in 4 bits on the device `rram`, {TRAININGS} trainings of each kind, "
-        f"{chips} chips for each; test accuracy in percent, mean and worst. Drop-connect: "
-        f"`bitwright.fault_training(model, {TRAINED})`. `python benchmarks/faults.py --write`", "",
-        "| stuck cells | plain | worst | drop-connect | worst |", "|---|---|---|---|---|",
+        f"## {str(how).capitalize()}", "", "| stuck cells | " + " | ".join(name for name, *_ in KINDS) + " |",
+        "|---|" + "---|" * len(KINDS),
     ]  # fmt: skip
     for share in RATES:
-        cells = [f"{100 * f(rows[name, share]):.1f}" for name in ("plain", "drop-connect") for f in (np.mean, np.min)]
+        found = [rows[name, share] for name, *_ in KINDS]
+        cells = [f"{100 * np.mean(f):.1f} / {100 * np.min(f):.1f}" for f in found]
         lines.append(f"| {share:.0%} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -13,7 +13,7 @@ import torch
 import bitwright as bw
 from bitwright import cli
 from bitwright.codegen.devices import library
-from bitwright.codegen.devices.cells import Cells, Faults, stuck
+from bitwright.codegen.devices.cells import Cells, Faults, around, stuck
 from bitwright.codegen.devices.schema import parse_device
 from bitwright.codegen.devices.simulate import schedule, simulate
 from bitwright.ir.errors import InvalidInput, Unsupported
@@ -130,3 +130,35 @@ def test_the_command_tells_the_error(
         cli.main()
     told = " ".join(capsys.readouterr().out.split())
     assert "from the reference with 10 % of the cells stuck (seed 3)" in told
+
+
+@pytest.mark.parametrize(("plus", "minus"), [(None, None), (None, 0), (None, 8), (0, None), (8, None), (0, 8), (8, 8)])
+def test_known_faults_are_programmed_around_as_well_as_can_be(plus: int | None, minus: int | None) -> None:
+    """Every code, against all pairs that could be programmed."""
+    codes = torch.arange(-8, 9, dtype=torch.int16)
+    pair = torch.stack([codes.clamp(min=0), (-codes).clamp(min=0)])
+    faulty = torch.tensor([[plus is not None], [minus is not None]]).expand(2, 17)
+    held = torch.tensor([[plus or 0], [minus or 0]], dtype=torch.int16).expand(2, 17)
+    read = torch.where(faulty, held, around(codes, pair, faulty, held, 8))
+    assert int(read.min()) >= 0
+    assert int(read.max()) <= 8
+    for code, a, b in zip(codes.tolist(), *read.tolist(), strict=True):
+        sides = [range(9) if v is None else [v] for v in (plus, minus)]
+        assert abs(a - b - code) == min(abs(p - n - code) for p in sides[0] for n in sides[1])
+
+
+def test_a_tested_chip_loses_less() -> None:
+    rng = np.random.default_rng(0)
+    codes = torch.from_numpy(rng.integers(-7, 8, (40, 60)).astype(np.int8))
+    cells = Cells(levels=8)
+    for rate in (0.05, 0.3):
+        blind, known = (stuck(codes, cells, Faults(rate, 1, k), "fc").to(torch.int64) for k in (False, True))
+        off = [int((r - codes).square().sum()) for r in (blind, known)]
+        assert off[1] < 0.6 * off[0]
+    assert torch.equal(stuck(codes, cells, Faults(0.0, 1, True), "fc"), codes)
+    graph, example = captured("digits")
+    errors = [
+        bw.simulate(graph, "rram", recipe=RECIPE, calibration=[example], faults=0.1, known_faults=k).error
+        for k in (False, True)
+    ]
+    assert errors[1] < errors[0]

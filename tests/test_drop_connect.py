@@ -35,6 +35,21 @@ def test_faults_come_with_training_and_go_with_it() -> None:
     assert all(torch.equal(net.state_dict()[k], v) for k, v in plain.items())
 
 
+def test_known_faults_leave_weights_of_the_right_sign() -> None:
+    """With cells stuck at 0 only, a pair loses its weight where the cell of its sign is stuck, and nothing else."""
+    fc = nn.Linear(40, 40)
+    before = fc.weight.detach().clone()
+    with bw.fault_training(fc, 0.3, high=0.0, known=True):
+        read = fc.weight.detach()
+    kept = read == before
+    assert bool((kept | (read == 0)).all())
+    assert 0.6 < float(kept.float().mean()) < 0.8
+    fc = nn.Linear(40, 40)
+    with bw.fault_training(fc, 0.3, high=1.0, known=True):
+        read = fc.weight.detach()
+    assert float((read == fc.weight).float().mean()) > 0.6  # a cell at the top leaves what its neighbour takes off
+
+
 def test_the_same_seed_draws_the_same_faults() -> None:
     results = []
     for seed in (1, 1, 2):

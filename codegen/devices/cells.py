@@ -27,10 +27,12 @@ class Cells(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """The share of cells that are stuck, and the chip: another seed is another chip. Raises :class:`InvalidInput`."""
+    """The share of cells that are stuck, and the chip: another seed is another chip. ``known``: the chip was tested,
+    and the other cell of a pair is programmed to make up for a stuck one. Raises :class:`InvalidInput`."""
 
     rate: float = 0.0
     seed: int = 0
+    known: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:
@@ -41,10 +43,22 @@ class Faults:
 
 def stuck(codes: torch.Tensor, cells: Cells, faults: Faults, layer: str) -> torch.Tensor:
     """What the pairs of a layer's codes [O, ...] read as, same shape and dtype; without faults the codes themselves."""
-    pair = torch.stack([codes.clamp(min=0), (-codes.to(torch.int16)).clamp(min=0).to(codes.dtype)])
+    wide = codes.to(torch.int16)
+    pair = torch.stack([wide.clamp(min=0), (-wide).clamp(min=0)])
     rng = np.random.default_rng([faults.seed, crc32(layer.encode())])
     faulty = torch.from_numpy(rng.random(tuple(pair.shape)) < faults.rate)
     high = torch.from_numpy(rng.random(tuple(pair.shape)) < cells.high)
-    held = torch.where(high, cells.levels, 0).to(codes.dtype)
-    read = torch.where(faulty, held, pair)
-    return read[0] - read[1]
+    held = torch.where(high, cells.levels, 0).to(wide.dtype)
+    read = torch.where(faulty, held, around(wide, pair, faulty, held, cells.levels) if faults.known else pair)
+    return (read[0] - read[1]).to(codes.dtype)
+
+
+def around(
+    codes: torch.Tensor, pair: torch.Tensor, faulty: torch.Tensor, held: torch.Tensor, most: int | torch.Tensor
+) -> torch.Tensor:
+    """The pairs [2, O, ...] to program where the stuck cells are known: the healthy one of a pair takes what its stuck
+    neighbour, which is ``held`` at a value, lacks or has too much, as far as 0 to ``most`` reaches."""
+    zero = torch.zeros_like(codes)
+    plus = torch.minimum(torch.maximum(codes + held[1], zero), zero + most)
+    minus = torch.minimum(torch.maximum(held[0] - codes, zero), zero + most)
+    return torch.stack([torch.where(faulty[1], plus, pair[0]), torch.where(faulty[0], minus, pair[1])])

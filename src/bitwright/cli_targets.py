@@ -123,6 +123,9 @@ def simulate(
     budget: Annotated[str, typer.Option(help="Of a recipe that assigns precision: size=0.16.")] = "",
     faults: Annotated[float, typer.Option(min=0, max=1, help="Share of stuck cells, of a device with cells.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Which cells are stuck: another seed is another chip.")] = 0,
+    known_faults: Annotated[
+        bool, typer.Option(help="The chip was tested: healthy cells make up for stuck ones where they can.")
+    ] = False,
 ) -> None:
     """Run a model on a device that exists on paper: its bits, and cycles and energy by layer.
 
@@ -137,8 +140,9 @@ def simulate(
         names = [v.name for v in graph.inputs]
         given = list(cli_io.named(cli_io.load_arrays(input), names, str(input)).values()) if input else None
         done = driver.simulate(
-            graph, target, given, recipe=recipe, calibration=data, batch=batch, budget=budget, faults=faults, seed=seed
-        )
+            graph, target, given, recipe=recipe, calibration=data, batch=batch, budget=budget, faults=faults, seed=seed,
+            known_faults=known_faults,
+        )  # fmt: skip
     _print(done)
     if output:
         arrays = dict(zip(done.schedule.graph.output_names, done.outputs, strict=True))

@@ -192,13 +192,14 @@ def compile_c(
 def simulate(
     model: Any, device: str, inputs: Any = None, *, recipe: Recipe = "int8", calibration: Any = None,
     example_inputs: Any = None, batch: int = 1, sizes: Mapping[str, int] | None = None, budget: str = "",
-    faults: float = 0.0, seed: int = 0,
+    faults: float = 0.0, seed: int = 0, known_faults: bool = False,
 ) -> Simulation:  # fmt: skip
     """Run a model on a device that exists on paper: by name, or by the path of its TOML file.
 
     ``inputs``: arrays in input order (None: those of the calibration data, or random ones); the rest as of
     :func:`compile`. The result holds outputs, cycles and energy by layer, and whether the reference agrees. ``faults``:
-    the share of stuck cells of a device that has cells (``rram``); ``seed`` says which chip.
+    the share of stuck cells of a device that has cells (``rram``); ``seed`` says which chip;
+    with ``known_faults`` it was tested, and its healthy cells are programmed to make up for stuck ones.
     """
     from bitwright.codegen.devices.cells import Faults
     from bitwright.codegen.devices.library import find_device
@@ -206,7 +207,7 @@ def simulate(
 
     found = find_device(device)
     graph, recipe, calibration = prepared(model, recipe, calibration, example_inputs, batch, sizes, budget)
-    return simulate_graph(graph, found, recipe, batches(calibration), inputs, batch, Faults(faults, seed))
+    return simulate_graph(graph, found, recipe, batches(calibration), inputs, batch, Faults(faults, seed, known_faults))
 
 
 def prepared(

@@ -9,26 +9,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bitwright.codegen.devices.cells import around
 from bitwright.ir.errors import InvalidInput
 
 
 class _Stuck(nn.Module):
     """A weight whose pairs of conductances are partly stuck, others at each use in training."""
 
-    def __init__(self, rate: float, high: float, generator: torch.Generator) -> None:
+    def __init__(self, rate: float, high: float, known: bool, generator: torch.Generator) -> None:
         super().__init__()
-        self.rate, self.high, self.generator = rate, high, generator
+        self.rate, self.high, self.known, self.generator = rate, high, known, generator
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.training:
             return weight
         top = weight.detach().abs().flatten(1).amax(1).reshape(-1, *[1] * (weight.dim() - 1))
-        sides = []
-        for sign in (1, -1):
+        draws, kinds = [], []
+        for _ in range(2):
             draw, kind = (torch.rand(weight.shape, generator=self.generator).to(weight.device) for _ in range(2))
-            held = torch.where(kind < self.high, top, torch.zeros_like(top))
-            sides.append(torch.where(draw < self.rate, held, torch.relu(sign * weight)))
-        return sides[0] - sides[1]
+            draws.append(draw < self.rate)
+            kinds.append(torch.where(kind < self.high, top, torch.zeros_like(top)))
+        faulty, held = torch.stack(draws), torch.stack(kinds)
+        pair = torch.stack([torch.relu(weight), torch.relu(-weight)])
+        read = torch.where(faulty, held, around(weight, pair, faulty, held, top) if self.known else pair)
+        return read[0] - read[1]
 
 
 class FaultTraining:
@@ -63,14 +67,17 @@ class FaultTraining:
 
 
 def fault_training(
-    model: nn.Module, rate: float = 0.1, *, high: float = 0.5, only: str = "*", except_: str = "", seed: int = 0
-) -> FaultTraining:
+    model: nn.Module, rate: float = 0.1, *, high: float = 0.5, known: bool = False, only: str = "*", except_: str = "",
+    seed: int = 0,
+) -> FaultTraining:  # fmt: skip
     """Train ``model`` in your own loop with weights of which other cells are stuck at each use (drop-connect).
 
     A weight is a pair of conductances w = G+ - G-. Each of the two is stuck with probability ``rate``: at the largest
     magnitude of its output with probability ``high``, else at 0; what is stuck gets no gradient. Faults are drawn anew
-    at every forward pass in training mode, never in ``eval()``. ``only`` and ``except_`` are globs on names of Linear
-    and Conv modules. ``finish()`` of the result (or leaving it as a context manager) gives the plain model back.
+    at every forward pass in training mode, never in ``eval()``. ``known``: for chips that are tested, and programmed
+    such that the other cell of a pair makes up for a stuck one as far as it can. ``only`` and ``except_`` are globs on
+    names of Linear and Conv modules. ``finish()`` of the result (or leaving it as a context manager) gives the plain
+    model back.
 
     Layers that do not fit are listed in ``refused``. Raises :class:`InvalidInput` for options out of range, and when no
     layer is left.
@@ -103,7 +110,7 @@ def fault_training(
         why = "; ".join(f"{n or 'the model'}: {r}" for n, r in training.refused.items())
         raise InvalidInput(why or f"only={only} except_={except_} names no Linear or convolution of the model")
     for module in training._modules.values():
-        parametrize.register_parametrization(module, "weight", _Stuck(rate, high, generator))
+        parametrize.register_parametrization(module, "weight", _Stuck(rate, high, known, generator))
         module.parametrizations.train(module.training)  # type: ignore[union-attr]
     return training
 

@@ -7,7 +7,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: help venv demo demo-targets test nightly bench onnx-suite lint types docs clean
+.PHONY: help venv demo demo-targets test nightly bench gpu-report onnx-suite lint types docs clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -44,6 +44,10 @@ bench: $(READY)  ## side-by-side measurements against peers; results in benchmar
 	$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e ".[bench]" \
 	  || echo "peers that pip could not install are left out: each has its line in the results"
 	$(PY) benchmarks/bench.py
+
+gpu-report: $(READY)  ## GPU kernels: compiled here into gpu-report.zip; checked and timed where a device is
+	$(PY) benchmarks/gpu.py --prepare gpu-report.zip
+	$(PY) benchmarks/gpu.py gpu-report.zip --results benchmarks/results/gpu.json
 
 lint: $(READY)  ## ruff, mypy, import contracts
 	$(PY) -m ruff check .

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 
-MODULES = ("warp", "memory", "mma", "mma_sparse", "hopper", "wgmma", "grid", "pull", "simt")
+MODULES = ("warp", "memory", "mma", "mma_sparse", "hopper", "wgmma", "grid", "pull", "halves", "simt")
 
 
 @dataclass(frozen=True, slots=True)

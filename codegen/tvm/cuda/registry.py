@@ -10,6 +10,7 @@ from bitwright.codegen.tvm.template import Template
 @cache
 def templates() -> dict[str, Template]:
     """Every GPU template by name."""
+    from bitwright.codegen.tvm.cuda.attention.template import CudaAttention
     from bitwright.codegen.tvm.cuda.dynamic import CudaDynamic
     from bitwright.codegen.tvm.cuda.generic import CudaGeneric
     from bitwright.codegen.tvm.cuda.lowbit.template import CudaLowbit
@@ -18,5 +19,14 @@ def templates() -> dict[str, Template]:
     from bitwright.codegen.tvm.cuda.simt import Simt
     from bitwright.codegen.tvm.cuda.wgmma import Wgmma
 
-    known: tuple[Template, ...] = (CudaLowbit(), Wgmma(), Mma(), Simt(), CudaDynamic(), CudaRows(), CudaGeneric())
+    known: tuple[Template, ...] = (
+        CudaLowbit(),
+        Wgmma(),
+        Mma(),
+        Simt(),
+        CudaAttention(),
+        CudaDynamic(),
+        CudaRows(),
+        CudaGeneric(),
+    )
     return {t.name: t for t in known}

@@ -71,7 +71,7 @@ class GpuBatch:
         return ""
 
     def outputs(self, emulated: Emulated, i: int, case: Case, order: int) -> list[Array]:
-        """What kernel ``i`` writes; work memory must be zero again."""
+        """What kernel ``i`` writes; scratch memory must be zero again."""
         config, function = self.configs[i], self.functions[i]
         packed = self.template.pack(case.body, config, self.constants(case))
         why = self.template.verify(case.body, config, self.constants(case), packed)
@@ -83,10 +83,11 @@ class GpuBatch:
         room = Guarded()
         try:
             placed = [room.place(np.ascontiguousarray(arrays[a.kind][a.index])) for a in config.args]
-            work = room.place(np.zeros(max(config.work_bytes, 1), np.uint8))
-            addresses = [at for at, _ in placed] + ([work[0]] if config.work_bytes else [])
-            emulated.run(f"k{i}", launch_of(function), addresses, order)
-            assert not work[1].any(), "work memory is not zero again"
+            zeros = room.place(np.zeros(max(config.scratch_bytes, 1), np.uint8))
+            work = room.place(np.full(max(config.work_bytes, 1), 0xA5, np.uint8))
+            addresses = [at for at, _ in placed] + [zeros[0]] * bool(config.scratch_bytes)
+            emulated.run(f"k{i}", launch_of(function), [*addresses, *[work[0]] * bool(config.work_bytes)], order)
+            assert not zeros[1].any(), "scratch memory is not zero again"
             found = {
                 a.index: view.copy() for a, (_, view) in zip(config.args, placed, strict=True) if a.kind == "output"
             }

@@ -72,10 +72,14 @@ class Diff(Instrument):
         self.context_lines = context_lines
         self.diffs: list[tuple[str, str]] = []
         """(pass as text, diff); a change of weight values alone gives an empty diff."""
+        self._shown: tuple[Graph, list[str]] | None = None
 
     def after(self, index: int, p: Pass, before: Graph, after: Graph, changed: bool, seconds: float) -> None:
         if changed:
-            old, new = show(before).splitlines(keepends=True), show(after).splitlines(keepends=True)
+            shown = self._shown[1] if self._shown is not None and self._shown[0] is before else None
+            old = show(before).splitlines(keepends=True) if shown is None else shown
+            new = show(after).splitlines(keepends=True)
+            self._shown = after, new
             lines = difflib.unified_diff(old, new, f"before {p.name}", f"after {p.name}", n=self.context_lines)
             self.diffs.append((str(p), "".join(lines)))
 

@@ -21,8 +21,8 @@ from bitwright.compare import Row, agreement, compare, plot
 
 OUT = Path("demo-out")
 TARGETS = [
-    "host", "x86-avx2", "x86-portable", "aarch64", "riscv64-v", "c", "c:aarch64", "c:riscv64", "c:cortex-m4", "npu8",
-    "bitword",
+    "host", "x86-avx2", "x86-portable", "aarch64", "riscv64-v", "cuda-sm80", "c", "c:aarch64", "c:riscv64",
+    "c:cortex-m4", "npu8", "bitword",
 ]  # fmt: skip
 RECIPES = {
     "int8": "int8",

@@ -6,13 +6,14 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from bitwright.ir.errors import BitwrightError
 from bitwright.ir.graph import Graph
 from bitwright.ir.interpret import evaluate, to_numpy
 from bitwright.ir.text import parse, show
@@ -26,6 +27,28 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bless", action="store_true", help="rewrite the `after` text of check(...) calls in place")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Tests that emulate a GPU are skipped where the compiler that the emulator needs is not installed."""
+    try:
+        return (yield)
+    except (BitwrightError, AssertionError) as error:
+        if "needs a C++ compiler" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: object, request: pytest.FixtureRequest) -> Generator[None]:
+    """The same for what a fixture emulates."""
+    try:
+        return (yield)
+    except (BitwrightError, AssertionError) as error:
+        if "needs a C++ compiler" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 def read_graph(text: str, weights: Arrays | None = None) -> Graph:

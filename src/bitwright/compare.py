@@ -109,16 +109,18 @@ def _machine_row(
     graph: Graph, target: str, recipe: str, data: Any, batch: int, inputs: list[Array], plain: tuple[Array, ...]
 ) -> Row:
     from bitwright import driver
+    from bitwright.codegen.cuda.emulator import missing as gpu_missing
     from bitwright.emulation import emulator_of
 
     machine = resolve(target)
-    if machine.arch != platform.machine() and (why := emulator_of(machine.arch).missing()):
+    elsewhere = machine.kind == "gpu" or machine.arch != platform.machine()
+    if why := gpu_missing() if machine.kind == "gpu" else emulator_of(machine.arch).missing() if elsewhere else "":
         return Row(target, recipe, None, "", 0.0, 0.0, None, None, None, why)
     able = {f.replace("avxvnni", "avx_vnni") for f in machine.features} <= cpu_flags()
     program = driver.compile(graph, target=machine, recipe=recipe, calibration=data, batch=batch)
     figures = program.report.figures
     common = (figures["weight_bytes"] or 0.0, figures["arena_bytes"] or 0.0, None)
-    if machine.arch != platform.machine():
+    if elsewhere:
         outputs, note = _emulated(program, inputs)
         seconds, error = figures["predicted_seconds"], _distance(outputs, plain)
         return Row(target, recipe, seconds, "predicted", *common, error, outputs, note)
@@ -137,8 +139,9 @@ def _emulated(program: Program, inputs: list[Array]) -> tuple[tuple[Array, ...],
     """Outputs of a program for another architecture, and by what it ran."""
     from bitwright.emulation import emulate, emulator_of
 
-    result, chain = emulate(program)(*inputs), emulator_of(program.manifest.arch)
-    return result if isinstance(result, tuple) else (result,), f"emulated by {chain.emulator}"
+    result = emulate(program)(*inputs)
+    by = "thread by thread" if program.manifest.device else f"by {emulator_of(program.manifest.arch).emulator}"
+    return result if isinstance(result, tuple) else (result,), f"emulated {by}"
 
 
 def _c_row(graph: Graph, target: str, recipe: str, data: Any, batch: int, plain: tuple[Array, ...]) -> Row:

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,11 @@ _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-fwrapv")
 PAGE = 4096
 _SHARED = re.compile(r"extern __shared__ __align__\(\d+\) uchar shared_ptr\[\];")
+
+
+def missing() -> str:
+    """What must be installed before kernels can be emulated, or the empty string."""
+    return "" if shutil.which("g++") else "emulating GPU kernels needs a C++ compiler: apt-get install g++"
 
 
 class Emulated:
@@ -129,7 +135,7 @@ def _compiled(text: str, names: tuple[str, ...]) -> Path:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError:
-            raise InvalidInput("emulating GPU kernels needs a C++ compiler: apt-get install g++") from None
+            raise InvalidInput(missing()) from None
         if done.returncode:
             raise BitwrightError(f"the emulator cannot compile {', '.join(names)}:\n{done.stderr[:4000]}")
         os.replace(out, made)

@@ -8,8 +8,8 @@ import textwrap
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from bitwright.cli_lists import sparse_text
-from bitwright.codegen.targets import BUILTIN, CROSS
+from bitwright.cli_lists import gpu_rows, sparse_text
+from bitwright.codegen.targets import BUILTIN, CROSS, GPUS
 from bitwright.ir import ops
 from bitwright.ir.target import LanesRate, Rate, Target
 from bitwright.passes._pass import Pass
@@ -70,13 +70,17 @@ def targets_page() -> str:
     parts = ["# Targets\n", NOTE]
     parts.append(
         "A target is data: it never asks the machine. `host` is this machine: the best of the targets below that it"
-        " can run, with its own caches and core count, and speeds measured once. Costs are for one core.\n"
+        " can run, with its own caches and core count, and speeds measured once. Costs are for one core,"
+        " those of a GPU for the whole device.\n"
     )
-    parts += [_target(t) for t in (BUILTIN | CROSS).values()]
+    parts += [_target(t) for t in (BUILTIN | CROSS | GPUS).values()]
     return "\n".join(parts)
 
 
 def _target(t: Target) -> str:
+    if t.kind == "gpu":
+        table = "\n".join(f"| {k} | {v} |" for k, v in gpu_rows(t))
+        return f"## {t.name}\n\n| | |\n|---|---|\n{table}\n"
     caches = ", ".join(units.size(b) for b in (t.l1_bytes, t.l2_bytes, t.l3_bytes))
     rows = [
         ("kind, instruction set", f"{t.kind}, {t.isa} (`{t.mcpu if t.mcpu.startswith('-') else f'-mcpu={t.mcpu}'}`)"),

@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import bitwright as bw
+from bitwright.cli import app
+from bitwright.cli_lists import gpu_rows
+from bitwright.codegen.targets import resolve
 from bitwright.emulation import emulate
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
@@ -84,6 +88,16 @@ def test_the_command_line_compiles_shows_and_emulates(tmp_path: Path) -> None:
     assert plain.returncode == 2
     assert "NVIDIA" in plain.stderr
     assert "Traceback" not in plain.stderr
+
+
+def test_a_gpu_says_what_it_declares() -> None:
+    rows = dict(gpu_rows(resolve("cuda-sm90")))
+    assert rows["s8 x s8 to s32"] == "1,979 Top/s"
+    assert "f16: 2:4 x2" in rows["sparse patterns, gain over dense"]
+    done = CliRunner().invoke(app, ["targets", "show", "cuda-sm90"])
+    assert done.exit_code == 0
+    assert "sm_90a" in done.stdout
+    assert "cuda-sm80" in CliRunner().invoke(app, ["targets"]).stdout
 
 
 def test_a_gpu_program_is_no_program_of_the_processor(tmp_path: Path) -> None:

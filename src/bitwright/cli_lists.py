@@ -11,9 +11,9 @@ from bitwright.runtime import units
 
 def targets() -> None:
     """A row per built-in target, and this machine's."""
-    from bitwright.codegen.targets import BUILTIN, CROSS, SOURCES, host
+    from bitwright.codegen.targets import BUILTIN, CROSS, GPUS, SOURCES, host
 
-    rows = [target_row(t) for t in (host(calibrate=False), *(BUILTIN | CROSS | SOURCES).values())]
+    rows = [target_row(t) for t in (host(calibrate=False), *(BUILTIN | CROSS | GPUS | SOURCES).values())]
     cli_show.console().print(cli_show.table(["target", ">vector", ">peak", "sparse patterns", "where from"], rows))
 
 
@@ -23,6 +23,20 @@ def target_row(t: Target) -> tuple[str, ...]:
     gains = sparse_text(t)
     peak = f"{units.rate(best.ops_per_second)} {best.x}x{best.w}"
     return t.name, f"{t.vector_bits} bit", peak, gains, t.source
+
+
+def gpu_rows(t: Target) -> list[tuple[str, str]]:
+    """What a GPU target declares."""
+    return [
+        ("machine code", f"`{t.mcpu}`, by NVRTC; no device is needed to compile"),
+        ("shared memory of a block, second-level cache", f"{units.size(t.l1_bytes)}, {units.size(t.l2_bytes)}"),
+        ("bandwidth", f"{units.size(t.memory_bandwidth)}/s from memory, {units.size(t.cache_bandwidth)}/s from cache"),
+        ("a launch", units.seconds(t.launch_seconds)),
+        ("activations of integer layers", str(t.activation)),
+        *((f"{r.x} x {r.w} to {r.acc}", units.rate(r.ops_per_second)) for r in t.rates),
+        ("sparse patterns, gain over dense", sparse_text(t)),
+        ("where the numbers come from", t.source),
+    ]
 
 
 def sparse_text(t: Target) -> str:

@@ -37,9 +37,11 @@ def show(name: Name) -> None:
     if library.is_device(name):
         _show_device(library.find_device(name))
         return
-    rows = list(
-        zip(("target", "vector", "peak", "sparse patterns", "from"), cli_lists.target_row(resolve(name)), strict=True)
-    )
+    known = resolve(name)
+    if known.kind == "gpu":
+        cli_show.console().print(cli_show.table(["", "declared"], [("target", known.name), *cli_lists.gpu_rows(known)]))
+        return
+    rows = list(zip(("target", "vector", "peak", "sparse patterns", "from"), cli_lists.target_row(known), strict=True))
     cli_show.console().print(cli_show.table(["", "declared"], rows))
 
 

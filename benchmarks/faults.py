@@ -132,9 +132,9 @@ def rows_of(how: Setting, data: digits.Digits, chips: int) -> Rows:
 
 HEAD = """# Accuracy against stuck cells
 
-Digits networks in 4 bits on the device `rram`, {trainings} trainings of each kind, {chips} chips for each; test accuracy
-in percent, mean / worst. Drop-connect: `bitwright.fault_training`. Known: the chip's faults were found by testing it, and
-healthy cells are programmed to make up for stuck ones. `python benchmarks/faults.py --write`
+Digits networks in 4 bits on the device `rram`, {trainings} trainings of each kind, {chips} chips for each; test
+accuracy in percent, mean / worst. Drop-connect: `bitwright.fault_training`. Known: the chip's faults were found by
+testing it, and healthy cells are programmed to make up for stuck ones. `python benchmarks/faults.py --write`
 """
 
 

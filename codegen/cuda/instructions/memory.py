@@ -16,6 +16,7 @@ def instructions() -> Iterator[Instruction]:
     """``bw_copy{4,8,16}(to, from)``: a plain move of so many bytes, aligned to their number.
 
     ``bw_cp_async{4,8,16}(shared, global, valid)``: of the bytes, the first ``valid`` are copied, the rest become zero;
+    ``bw_cp_async{4,8,16}_or(shared, global, other, ok)``: from another place where not ``ok``;
     ``bw_cp_async_commit()``, ``bw_cp_async_wait<N>()`` as ``bw_cp_async_wait{0..6}``: until at most N groups are under way.
     ``bw_ldmatrix{1,2,4}[_trans](registers, row)``: 8x8 matrices of 16-bit elements (PTX ISA, "ldmatrix").
     """
@@ -38,6 +39,20 @@ def instructions() -> Iterator[Instruction]:
   bw::shared_address(to);
   if (valid) (void)*(volatile const char*)from, (void)*((volatile const char*)from + valid - 1);
   bw::self->pending.push_back([=] {{ memset(to, 0, {size}); memcpy(to, from, valid); bw::staged(to, {size}); }});
+}}""",
+            sass=r"LDGSTS\.",
+        )
+        yield Instruction(
+            f"bw_cp_async{size}_or",
+            f"""static __device__ __forceinline__ void bw_cp_async{size}_or(void* to, const void* from, const void* other, bool ok) {{
+  asm volatile("cp.async.{mode}.shared.global [%0], [%1], {size};" :: "r"({_SHARED}(to)), "l"(ok ? from : other) : "memory");
+}}""",
+            f"""static inline void bw_cp_async{size}_or(void* to, const void* from, const void* other, bool ok) {{
+  if (!ok) from = other;
+  if (((uintptr_t)to | (uintptr_t)from) % {size}) bw::fail("cp.async of an unaligned address");
+  bw::shared_address(to);
+  (void)*(volatile const char*)from, (void)*((volatile const char*)from + {size} - 1);
+  bw::self->pending.push_back([=] {{ memcpy(to, from, {size}); }});
 }}""",
             sass=r"LDGSTS\.",
         )

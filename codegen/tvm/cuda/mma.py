@@ -103,7 +103,7 @@ class Mma(Template):
         return Space(mma_spec.point_of(config.tile, p), mma_spec.knobs(), mma_spec.rules(p, target.l1_bytes))
 
     def pack(self, body: Graph, config: Config, constants: Mapping[str, Array]) -> list[Array]:
-        """Fragments of w, metadata (2:4), and -zero times the sums of w where x has a zero point."""
+        """Fragments of w, metadata (2:4); where x has a zero point, -zero times the sums of w and 16 bytes of it."""
         assert isinstance(config, MmaConfig)
         if config.weight < 0:
             return []
@@ -118,7 +118,9 @@ class Mma(Template):
         else:
             out.append(np.stack([fragments(_bytes(each)) for each in wide]))
         if config.zero:
-            out.append((-config.zero * w.astype(np.int64).sum(2)).astype(np.int32))
+            init = (-config.zero * w.astype(np.int64).sum(2)).astype(np.int32).reshape(-1)
+            fill = np.full(16, p.fill, np.uint8).view(np.int32)
+            out.append(np.concatenate([init, np.zeros(-init.size % 4, np.int32), fill]))
         return out
 
     def verify(self, body: Graph, config: Config, constants: Mapping[str, Array], packed: list[Array]) -> str:
@@ -159,13 +161,15 @@ class Mma(Template):
         if p.left == "packed":
             w = b.param("w", F32 if p.element == "f32" else U8, 1 << 28)
             meta = b.param("meta", U8, 1 << 30) if p.sparse and self.apart else None
-            init = b.param("init", S32, p.batch * p.outs) if config.zero else None
+            init = b.param("init", S32, p.batch * p.outs + 8) if config.zero else None
         else:
             w = given(root.inputs[1])
         for name in others(body, root, p):
             given(name)
         outs = [b.param(f"y{i}", memory(body.types[o].dtype), body.types[o].size) for i, o in enumerate(body.outputs)]
         at = Pointers(x, w, meta)
+        if init is not None and p.fill:
+            at.filled = b.view(init, U8, -(-p.batch * p.outs // 4) * 16)
         if config.scratch_bytes:
             at.counters = b.param("counters", S32, config.scratch_bytes // 4)
             at.work = b.param("work", S32 if p.is_integer else F32, config.work_bytes // 4)

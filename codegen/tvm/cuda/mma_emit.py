@@ -26,13 +26,15 @@ Put = Callable[[Index, Index, Index, list[Vec]], None]
 
 @dataclass(eq=False)
 class Pointers:
-    """A kernel's operands: x, w (packed bytes or as in memory), metadata of 2:4, counters and sums of parts."""
+    """A kernel's operands: x, w (packed bytes or as in memory), metadata of 2:4, counters and sums of parts,
+    16 bytes that stand outside of a padded image."""
 
     x: Pointer
     w: Pointer
     meta: Pointer | None = None
     counters: Pointer | None = None
     work: Pointer | None = None
+    filled: Pointer | None = None
 
 
 @dataclass(eq=False)
@@ -81,7 +83,8 @@ class Kernel:
         self._shared = b.shared(U8, t.shared_bytes(p))
         self._x_at = t.left_bytes(p) + t.meta_bytes(p)
         self._place()
-        self._right = Loader(b, p.source, at_shared(self._shared, self._x_at), t.rows, t.depth, p.fill, x=self.at.x)
+        place = at_shared(self._shared, self._x_at)
+        self._right = Loader(b, p.source, place, t.rows, t.depth, p.fill, x=self.at.x, filled=self.at.filled)
         self._right.start(self._row, self._z)
 
     def _zero(self) -> None:

@@ -99,6 +99,7 @@ class Loader:
     x: Pointer = field(kw_only=True)
     threads: int = 0
     staged: bool = False
+    filled: Pointer | None = None
     _size: int = 0
     _piece: int = 0
     _origins: list[tuple[Index, list[Index]]] = field(default_factory=list)
@@ -156,6 +157,10 @@ class Loader:
 
     def _copy(self, at: Index, place: Index, ok: Any, leaves: bool) -> None:
         b, p = self.b, self._piece
+        if self.filled is not None and leaves:  # beyond rows and k as well: weights are zero there, sums not stored
+            source, other = b.address(self.x, place), b.address(self.filled)
+            b.call(f"bw_cp_async{p}_or", b.address(self.shared, at), source, other, ok)
+            return
         if self.fill and leaves:
             with b.when(ok):
                 b.call(f"bw_cp_async{p}", b.address(self.shared, at), b.address(self.x, place), p)

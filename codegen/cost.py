@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from bitwright.codegen.cost_gpu import gpu_seconds
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node, Value
 from bitwright.ir.target import Target, unit_share
@@ -81,6 +82,8 @@ def weight_bytes(t: TensorType, isa: str = "avx512-vnni", packed: bool = True) -
         return t.size / quad * unit_share(t.encoding, quad) * (4 + _ADDRESS_BYTES)
     if not isinstance(t.encoding, NM):
         return dense
+    if isa == "cuda":  # 2:4 stores half of the weights and two bits for each of them
+        return t.size / 2 * (bits + 2) / 8 if t.encoding.within(2, 4) else dense
     kept = t.size * t.encoding.density
     if t.dtype.bits > 8:
         index_bits = 4 if isa.startswith("avx") else 8
@@ -127,12 +130,15 @@ def cost_of(
     weights that the whole program reads in a call; those that no cache keeps between calls come from memory.
     """
     if packed is None:
-        packed = "bytes" if generic else unpacking(body, target)
+        packed = "bytes" if generic else "registers" if target.kind == "gpu" else unpacking(body, target)
     low = {} if packed == "bytes" else _low_bits(body)
     touched = {v.name: _touched(v, body, target, sparse, low) for v in body.inputs}
     weights = {_weight_of(n) for n in body.nodes if isinstance(n.op, _WEIGHTED)} & set(touched)
     streamed = sum(touched[w] for w in weights)
     moved = sum(touched.values()) - streamed + sum(_plain_bytes(body.types[o]) for o in body.outputs)
+    if target.kind == "gpu":
+        total, operations = streamed + moved, 2 * sum(macs(n, body) for n in body.nodes)
+        return Cost(operations, total, *gpu_seconds(body, target, total, generic=generic, sparse=sparse))
     stream = streamed / _bandwidth(max(working_set, streamed), target)
     near = moved / _bandwidth(max(moved, target.l2_bytes), target)
     products, steps, limit = 0.0, 0.0, 0.0

@@ -194,6 +194,9 @@ class Target:
         this format reaches: of the next larger group, since wider selections are slower or impossible. 0.0 when no
         declared group is as large. Of patterns that outputs share, the fastest kernel that they allow counts.
         """
+        if self.kind == "gpu":  # its instructions take what they declare, and every pattern that obeys it
+            fits = (s.gain for s in self.sparse if s.x == in_bytes(x) and pattern.within(s.keep, s.group))
+            return max(fits, default=0.0)
         keep, group = pattern.keep * pattern.block, pattern.group * pattern.block
         same = [s for s in self.sparse if s.x == in_bytes(x) and s.group >= group and pattern.shared % s.shared == 0]
         gains = []

@@ -160,6 +160,18 @@ class NM:
     def density(self) -> float:
         return self.keep / self.group
 
+    def within(self, keep: int, group: int) -> bool:
+        """Whether weights of this pattern have at most ``keep`` values in every ``group`` consecutive ones.
+
+        >>> [NM(k, g, 1).within(2, 4) for k, g in ((2, 4), (1, 4), (2, 8), (4, 8), (1, 2))]
+        [True, True, True, False, True]
+        """
+        if self.block != 1:
+            return False
+        if self.group % group == 0:
+            return self.keep <= keep
+        return group % self.group == 0 and self.keep * (group // self.group) <= keep
+
 
 @dataclass(frozen=True, slots=True)
 class Block:

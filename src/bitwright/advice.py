@@ -49,6 +49,7 @@ def _options() -> tuple[Option, ...]:
         Option("2 bit", 2, "quantize-weights{bits=2}, int8"),
         masked("2:4", NM(2, 4, 1)),
         masked("2:4 shared=64", NM(2, 4, 1, shared=64), "2:4 /64"),
+        Option("2:4 bf16", 16, "nm-mask{pattern=2:4}, bf16", NM(2, 4, 1)),
         masked("1:4", NM(1, 4, 1)),
         masked("2:8", NM(2, 8, 1)),
         masked("2:16", NM(2, 16, 1)),
@@ -150,8 +151,11 @@ def _variants(node: Node, body: Graph, graph: Graph, target: Target) -> Iterator
     for option in OPTIONS:
         nm = option.pattern
         if option.bits == 16:
-            if target.rate(BF16, BF16):
-                yield option, _retyped(body, {v.name: BF16 for v in body.inputs[:2]})
+            halves = _retyped(body, {v.name: BF16 for v in body.inputs[:2]})
+            if target.rate(BF16, BF16) and nm is None:
+                yield option, halves
+            elif nm is not None and not grouped and depth % nm.group == 0 and target.gain(BF16, nm) > 1.0:
+                yield option, with_pattern(node, halves, nm)
             continue
         if nm is not None and (grouped or depth % (nm.group * nm.block) or target.gain(target.activation, nm) <= 1.0):
             continue

@@ -1,4 +1,4 @@
-"""Pairs of 16-bit floats in a word, and powers of two."""
+"""Pairs of 16-bit floats in a word, powers of two, shifts of any distance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def instructions() -> Iterator[Instruction]:
     """``bw_pack_{f16,bf16}(low, high)``: two f32 rounded to nearest even; ``bw_{low,high}_f16(word)``: back.
 
     ``bw_exp2(x)``: 2^x within 2 units in the last place of f32, 0 for -infinity (PTX ISA, ``ex2.approx``).
-    ``bw_fma(a, b, c)``: a b + c, rounded once.
+    ``bw_fma(a, b, c)``: a b + c, rounded once. ``bw_shift(v, n)``: v to the left by n bits, 0 for n < 0 and n > 31.
     """
     for name, to in (("f16", "bw_float_to_half"), ("bf16", "bw_float_to_bf16")):
         yield Instruction(
@@ -43,6 +43,16 @@ def instructions() -> Iterator[Instruction]:
 }}""",
         "static inline float bw_exp2(float x) { float r = exp2f(x); return r < 0x1p-126f ? 0.0f : r; }",
         sass=r"MUFU\.EX2",
+    )
+    yield Instruction(
+        "bw_shift",
+        f"""{_DEVICE} unsigned bw_shift(unsigned v, int n) {{
+  unsigned r;
+  asm("shl.b32 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(n));
+  return r;
+}}""",
+        "static inline unsigned bw_shift(unsigned v, int n) { return n < 0 || n > 31 ? 0 : v << n; }",
+        sass=r"SHF\.L",
     )
     yield Instruction(
         "bw_fma",

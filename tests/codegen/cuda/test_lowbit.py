@@ -60,6 +60,13 @@ LAYERS = (
     Layer(3, 37, 300, 32, "s4", "f32", relu=True, pattern=(2, 4)),
     Layer(17, 37, 272, 16, "s3", pattern=(1, 4)),
     Layer(2, 20, 130, 0, "s8", pattern=(2, 8)),
+    Layer(1, 40, 512, 128, "s4", pattern=(1, 4)),
+    Layer(4, 37, 300, 32, "s4", "f32", pattern=(1, 8)),
+    Layer(16, 37, 1000, 64, "s4", "f32", relu=True, pattern=(2, 8)),
+    Layer(1, 40, 512, 64, "ternary", pattern=(1, 4)),
+    Layer(1, 40, 512, 0, "s3", pattern=(1, 16)),
+    Layer(1, 40, 700, 16, "s8", pattern=(1, 4)),
+    Layer(40, 40, 512, 128, "s4", pattern=(1, 8)),
     Layer(66, 20, 256, 64, "s4", pattern=(2, 4)),
     Layer(1, 48, 256, 64, "ternary", pattern=(2, 4)),
     Layer(1, 48, 256, 64, "s4", pattern=(4, 8)),
@@ -144,6 +151,10 @@ def test_bytes_are_those_of_codes_places_and_scales() -> None:
     ):
         spec = LowbitSpec(1, 4096, 4096, 128, bits, False, False, sparse)
         assert spec.stored_bytes == spec.floor_bytes == 4096 * 4096 * share / 8
+    for kept, share in (((1, 4), 1.5), ((2, 8), 2.0), ((1, 8), 1.0), ((1, 16), 0.5)):  # 4 bits a place, from 8 on
+        spec = LowbitSpec(1, 4096, 4096, 128, 4, False, False, False, kept)
+        assert spec.stored_bytes == 4096 * 4096 * (share + 0.125) / 8
+        assert spec.stored_bytes <= spec.floor_bytes * 1.15
     uneven = LowbitSpec(1, 4090, 11000, 0, 4, False, False, False)
     assert uneven.stored_bytes / uneven.floor_bytes < 1.01
 
@@ -159,6 +170,11 @@ def test_packing_is_undone_and_changes_are_seen() -> None:
                 packed = packing.pack(spec, codes)
                 assert packed.nbytes == 4 * spec.weight_words
                 assert np.array_equal(packing.unpack(spec, packed), codes)
+    for n, m in ((1, 4), (1, 8), (2, 8), (1, 16), (2, 16)):
+        for bits in (4, 8):
+            spec = LowbitSpec(1, 37, 300, 0, bits, True, False, False, (n, m))
+            codes = masked(rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), (37, 300)), n, m, rng).astype(np.int8)
+            assert np.array_equal(packing.unpack(spec, packing.pack(spec, codes)), codes)
     case = cases()[0]
     config = GpuBatch(CudaLowbit(), [case], WEIGHTS).configs[0]
     held = {k: v for k, v in case.inputs.items() if k in WEIGHTS}
@@ -168,6 +184,23 @@ def test_packing_is_undone_and_changes_are_seen() -> None:
     assert "differ" in CudaLowbit().verify(
         case.body, config, held, [packing.pack(config_spec(config), held["w"]), packed_all[1] ^ 1]
     )
+
+
+def test_patterns_are_stored_in_the_fewest_bytes() -> None:
+    def how(it: Layer) -> tuple[bool, tuple[int, int]]:
+        spec = config_spec(
+            GpuBatch(CudaLowbit(), [Case("", body_of(it), data_of(it, body_of(it)))], WEIGHTS).configs[0]
+        )
+        return spec.sparse, spec.kept
+
+    assert how(Layer(1, 64, 512, 128, "s4", pattern=(2, 4))) == (True, (0, 0))
+    assert how(Layer(1, 64, 512, 128, "s4", pattern=(2, 8))) == (False, (2, 8))
+    assert how(Layer(1, 64, 512, 128, "s4", pattern=(1, 4))) == (False, (1, 4))
+    assert how(Layer(1, 64, 512, 128, "s4", pattern=(1, 16))) == (False, (1, 16))
+    assert how(Layer(1, 64, 512, 16, "s4", pattern=(1, 16))) == (False, (1, 4))  # lanes have four inputs of a scale
+    assert how(Layer(64, 64, 512, 128, "s4", pattern=(1, 8))) == (True, (0, 0))  # tensor cores decide
+    assert how(Layer(1, 64, 512, 128, "s4", pattern=(4, 8))) == (False, (0, 0))
+    assert how(Layer(1, 64, 512, 128, "s4")) == (False, (0, 0))
 
 
 def config_spec(config: object) -> LowbitSpec:
@@ -196,7 +229,7 @@ def test_machine_code(arch: str) -> None:
     big = [
         Layer(1, 256, 4096, 128, "s4"), Layer(16, 256, 4096, 128, "s4", pattern=(2, 4)), Layer(1, 256, 4096, 32, "s3"),
         Layer(1, 256, 4096, 64, "ternary"), Layer(64, 256, 4096, 128, "s4"),
-        Layer(200, 256, 4096, 64, "u4", zeros=True),
+        Layer(200, 256, 4096, 64, "u4", zeros=True), Layer(1, 256, 4096, 128, "s4", pattern=(1, 8)),
     ]  # fmt: skip
     batch = GpuBatch(CudaLowbit(), [Case(str(it), body_of(it), data_of(it, body_of(it))) for it in big], WEIGHTS)
     shown = sass(batch.compiled(arch).cubin)

@@ -3,7 +3,7 @@
 A block has up to 8 queries that share keys: the heads of a group where there is one query, else consecutive queries.
 Part of a warp holds a row of a key; every such part, warp and block has keys of its own, and its own running softmax,
 which are joined at the end (Flash-Decoding, Dao et al. 2023): by shuffles, in shared memory, and, where one query
-leaves the device empty, in memory by the last block to arrive. All arithmetic is f32, so this is also the kernel of f32.
+leaves the device empty, in memory by the last block to arrive. All arithmetic is f32: this is the kernel of f32, too.
 """
 
 from __future__ import annotations

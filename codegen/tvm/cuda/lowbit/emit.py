@@ -136,6 +136,9 @@ class Kernel:
     def _unpack(self, n: int, c: int) -> None:
         """Codes of a chunk into the upper bits of bytes."""
         b, s = self.b, self.s
+        if s.kept[0]:
+            self._spread_out(n, c)
+            return
         bits, count = 2 if s.bits == 3 else s.bits, 4 if s.sparse else 8
         each, base = 8 // bits, n * sum(s.streams)
         for i in range(count):
@@ -148,6 +151,27 @@ class Kernel:
                 low = b.load(self.raw, base + s.streams[0] + r // 8)
                 value = value | (_shifted(low, 5 - r % 8) & 0x20202020)
             b.store(self.codes, i, value)
+
+    def _spread_out(self, n: int, c: int) -> None:
+        """Stored codes of a chunk to their places: each is a byte shifted there, and nothing if shifted too far."""
+        b, s = self.b, self.s
+        keep, m = s.kept
+        base, mask = n * sum(s.streams), 256 - (1 << s.shift)
+        words = [[const(0, U32)] * 2 for _ in range(4)]  # by register and half of the rows
+        for e in range(s.values // s.chunks):
+            half, group = e // (16 // m * keep), e // keep % (16 // m)
+            at = c * (s.values // s.chunks) + e
+            stored = b.load(self.raw, base + at // (32 // s.bits))
+            value = b.register(U32, 1, _shifted(stored, s.shift - at % (32 // s.bits) * s.bits) & mask).get()
+            place = b.load(self.raw, base + s.streams[0] + at // (32 // s.place_bits))
+            to = _shifted(place, 3 - at % (32 // s.place_bits) * s.place_bits) & (8 * (m - 1))
+            bit = b.register(S32, 1, to.cast(S32)).get()
+            for i in range(m // 4):
+                moved = b.value("bw_shift", U32, value, bit - 32 * i if i else bit)
+                words[group * (m // 4) + i][half] = moved | words[group * (m // 4) + i][half]
+        for i, pair in enumerate(words):
+            for half in range(2):
+                b.store(self.codes, 2 * i + half, pair[half])
 
     def _activations(self, j: int, k: Index) -> None:
         """The lane's bytes of a row, from input ``k`` of the chunk on."""

@@ -19,6 +19,8 @@ def order(spec: LowbitSpec) -> Array:
 def pack(spec: LowbitSpec, codes: Array) -> Array:
     """Centred codes s8[outputs, depth] to u32[weight_words]."""
     physical = _physical(spec, codes)
+    if spec.kept[0]:
+        return _pack_places(spec, physical)
     if not spec.sparse:
         registers = _fragments(physical.reshape(*physical.shape[:3], CHUNK))
         return _streams(spec, registers, None)
@@ -28,16 +30,67 @@ def pack(spec: LowbitSpec, codes: Array) -> Array:
 
 def unpack(spec: LowbitSpec, words: Array) -> Array:
     """The codes out of what :func:`pack` made."""
-    registers, meta = _split(spec, words)
-    shape = (spec.tiles, spec.spans * spec.chunks, TILE)
-    lines = _lines(registers, spec.spans * spec.chunks)
-    if spec.sparse:
-        assert meta is not None
-        lines = expand(lines.reshape(*shape, QUADS, 2), _places(meta, shape)).reshape(*shape, CHUNK)
+    lines = _unpack_places(spec, words) if spec.kept[0] else _unpack_registers(spec, words)
     natural = np.empty_like(lines)
     natural[..., order(spec)] = lines
     whole = natural.transpose(0, 2, 1, 3).reshape(spec.tiles * TILE, -1)
     return whole[: spec.outputs, : spec.depth]
+
+
+def _unpack_registers(spec: LowbitSpec, words: Array) -> Array:
+    """[tiles, chunks, 16, 64] in the order of the instruction."""
+    registers, meta = _split(spec, words)
+    shape = (spec.tiles, spec.spans * spec.chunks, TILE)
+    lines = _lines(registers, spec.spans * spec.chunks)
+    if not spec.sparse:
+        return lines
+    assert meta is not None
+    return expand(lines.reshape(*shape, QUADS, 2), _places(meta, shape)).reshape(*shape, CHUNK)
+
+
+def _pack_places(spec: LowbitSpec, physical: Array) -> Array:
+    """Values and places of a pattern: a lane has the groups of its output's 16 consecutive inputs, of both outputs."""
+    n, m = spec.kept
+    tiles, chunks = physical.shape[:2]
+    lanes = physical.reshape(tiles, chunks, 2, 8, 4, 4, 4).swapaxes(4, 5)  # half of rows, g, t, register, byte
+    groups = lanes.reshape(tiles, chunks, 2, 8, 4, 16 // m, m)
+    first = np.argsort(groups == 0, axis=-1, kind="stable")[..., :n]
+    values = np.take_along_axis(groups, first, -1)
+    parts = []
+    for part, bits in ((values.view(np.uint8), spec.bits), (first.astype(np.uint8), spec.place_bits)):
+        by_lane = part.transpose(0, 1, 2, 5, 6, 3, 4).reshape(tiles, spec.spans, spec.values, 32)
+        parts.append(_by_loads(_join(by_lane, bits)))
+    return np.concatenate(parts, axis=2).reshape(-1)
+
+
+def _unpack_places(spec: LowbitSpec, words: Array) -> Array:
+    """The opposite of :func:`_pack_places`: [tiles, chunks, 16, 64] in the order of the instruction."""
+    n, m = spec.kept
+    values, places = (
+        _cut(part, bits).reshape(spec.tiles, spec.spans * spec.chunks, 2, 16 // m, n, 8, 4)
+        for part, bits in zip(_loads(spec, words), (spec.bits, spec.place_bits), strict=True)
+    )
+    signed = (values.astype(np.uint8) << spec.shift).view(np.int8) >> spec.shift
+    out = np.zeros((*values.shape[:4], m, 8, 4), np.int8)
+    np.put_along_axis(out, places[:, :, :, :, ::-1].astype(np.int64), signed[:, :, :, :, ::-1], 4)
+    lanes = out.reshape(spec.tiles, spec.spans * spec.chunks, 2, 16, 8, 4).transpose(0, 1, 2, 4, 5, 3)
+    cut = lanes.reshape(spec.tiles, spec.spans * spec.chunks, 2, 8, 4, 4, 4).swapaxes(4, 5)
+    return np.ascontiguousarray(cut).reshape(spec.tiles, spec.spans * spec.chunks, TILE, CHUNK)
+
+
+def _join(values: Array, bits: int) -> Array:
+    """The lowest ``bits`` of values [tiles, spans, count, lanes], the first lowest: u32[tiles, spans, words, lanes]."""
+    each = 32 // bits
+    cut = (values & ((1 << bits) - 1)).astype(np.uint32).reshape(*values.shape[:2], -1, each, values.shape[3])
+    joined: Array = np.bitwise_or.reduce(cut << (bits * np.arange(each, dtype=np.uint32)).reshape(-1, 1), axis=3)
+    return joined
+
+
+def _cut(words: Array, bits: int) -> Array:
+    """The opposite of :func:`_join`."""
+    shifts = (bits * np.arange(32 // bits, dtype=np.uint32)).reshape(-1, 1)
+    cut = (words[:, :, :, None] >> shifts) & ((1 << bits) - 1)
+    return cut.reshape(*words.shape[:2], -1, words.shape[3])
 
 
 def _physical(spec: LowbitSpec, codes: Array) -> Array:
@@ -132,6 +185,17 @@ def _by_loads(words: Array) -> Array:
 
 def _split(spec: LowbitSpec, words: Array) -> tuple[Array, Array | None]:
     """Registers u8[tiles, spans, registers, 32, 4] (signed codes) and metadata words out of the streams."""
+    parts = _loads(spec, words)
+    high = 2 if spec.bits == 3 else spec.bits
+    codes = _spread(parts[0], high)
+    if spec.bits == 3:
+        codes = codes << 1 | _spread(parts[1], 1)
+    signed = (codes << spec.shift).view(np.int8) >> spec.shift
+    return signed.view(np.uint8), parts[-1] if spec.sparse else None
+
+
+def _loads(spec: LowbitSpec, words: Array) -> list[Array]:
+    """The streams out of the loads, u32[tiles, spans, words, lanes] each."""
     whole = words.reshape(spec.tiles, spec.spans, spec.span_words)
     parts, start = [], 0
     for count in spec.streams:
@@ -139,12 +203,7 @@ def _split(spec: LowbitSpec, words: Array) -> tuple[Array, Array | None]:
         part = whole[:, :, start : start + 32 * count].reshape(spec.tiles, spec.spans, count // each, 32, each)
         parts.append(np.ascontiguousarray(part.swapaxes(3, 4)).reshape(spec.tiles, spec.spans, count, 32))
         start += 32 * count
-    high = 2 if spec.bits == 3 else spec.bits
-    codes = _spread(parts[0], high)
-    if spec.bits == 3:
-        codes = codes << 1 | _spread(parts[1], 1)
-    signed = (codes << spec.shift).view(np.int8) >> spec.shift
-    return signed.view(np.uint8), parts[-1] if spec.sparse else None
+    return parts
 
 
 def _spread(words: Array, bits: int) -> Array:

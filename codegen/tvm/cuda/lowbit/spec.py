@@ -4,6 +4,9 @@ Weights are the left operand of ``mma.sync`` (16 outputs by 32 inputs, or 64 of 
 patterns need no other kernel. The order of inputs within a chunk is free as long as both operands agree: it is chosen
 so that a lane's activations are 16 consecutive bytes (8 or 4 where groups are that short). Codes stay in the upper bits
 of their byte, where they are two's complement without further work; a group's sum is shifted down once.
+
+Sparser patterns are stored as values and places and become dense registers by shifts: a lane holds up to 16 consecutive
+inputs of an output, so a group of a pattern lies in one lane.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ LONGEST = 1024
 class LowbitSpec:
     """``rows`` of activations by ``outputs``, ``depth`` inputs, a scale every ``group`` of them (0: one an output).
 
-    ``bits`` of a stored code: 2, 3, 4, 8. ``sparse``: 2 of 4 are stored, with 2 bits of place each. ``zeros``: zero
-    points by group. ``warps_k`` warps share the inputs of a tile, ``warps_o`` tiles are in a block.
+    ``bits`` of a stored code: 2, 3, 4, 8. ``sparse``: 2 of 4 are stored, with 2 bits of place each. ``kept``: so many
+    of so many are stored (0 of 0: all) and spread out again, with 2 bits of place in groups of 4, else 4. ``zeros``:
+    zero points by group. ``warps_k`` warps share the inputs of a tile, ``warps_o`` tiles are in a block.
     """
 
     rows: int
@@ -33,6 +37,7 @@ class LowbitSpec:
     wide_scales: bool
     zeros: bool
     sparse: bool
+    kept: tuple[int, int] = (0, 0)
     warps_k: int = 1
     warps_o: int = 1
 
@@ -59,6 +64,8 @@ class LowbitSpec:
     @property
     def chunks(self) -> int:
         """Chunks of a span: as many as make loads of 16 bytes."""
+        if self.kept[0]:
+            return 4
         if self.sparse:
             return {8: 2, 4: 2, 3: 4}[self.bits]
         return {8: 1, 4: 1, 3: 2, 2: 2}[self.bits]
@@ -73,8 +80,20 @@ class LowbitSpec:
         return self.chunks * (4 if self.sparse else 8)
 
     @property
+    def values(self) -> int:
+        """Stored codes of a lane and span, where a pattern is spread out."""
+        n, m = self.kept
+        return self.chunks * 32 * n // m
+
+    @property
+    def place_bits(self) -> int:
+        return 2 if self.kept[1] == 4 else 4
+
+    @property
     def streams(self) -> tuple[int, ...]:
         """Words of a lane and span: codes (the upper two bits of 3), the lowest bits of 3, places."""
+        if self.kept[0]:
+            return self.values * self.bits // 32, self.values * self.place_bits // 32
         codes = self.registers * min(self.bits, 2 if self.bits == 3 else 8) // 8
         low = (self.registers // 8,) if self.bits == 3 else ()
         return (codes, *low, *((self.chunks,) if self.sparse else ()))
@@ -129,8 +148,10 @@ class LowbitSpec:
     @property
     def floor_bytes(self) -> int:
         """Bytes of codes, places, scales and zero points as such, without any padding."""
-        kept = self.outputs * self.depth // (2 if self.sparse else 1)
-        codes = kept * (self.bits + (2 if self.sparse else 0)) // 8
+        share, place = (0.5, 2) if self.sparse else (1.0, 0)
+        if self.kept[0]:
+            share, place = self.kept[0] / self.kept[1], math.ceil(math.log2(self.kept[1]))
+        codes = int(self.outputs * self.depth * share * (self.bits + place) / 8)
         return codes + self.outputs * self.groups * ((4 if self.wide_scales else 2) + self.zeros)
 
     @property

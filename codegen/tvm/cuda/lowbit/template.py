@@ -26,6 +26,8 @@ from bitwright.ir.types import BF16, F32, NM, S8, U16, U32, DType
 from bitwright.ir.weights import Array
 
 _MULTIPROCESSORS = 132
+FEW = 16
+"""Rows up to which bytes decide, and no longer the tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,30 @@ def _spec(body: Graph, root: Node, constants: Mapping[str, Array]) -> LowbitSpec
         math.prod(x.static_shape[:-1]), outputs, depth, root.op.group if root.op.group < depth else 0, _bits(w.dtype),
         body.types[root.inputs[3]].dtype != BF16, zero is not None, False,
     )  # fmt: skip
-    pattern = isinstance(w.encoding, NM) and spec.bits > 2 and zero is None
-    return replace(spec, sparse=pattern and _two_of_four(codes))
+    if not isinstance(w.encoding, NM) or zero is not None:
+        return spec
+    stored = [spec]
+    if spec.bits > 2 and _most(codes, 4) <= 2:
+        stored.append(replace(spec, sparse=True))
+    if spec.rows <= FEW:
+        stored += [
+            replace(spec, bits=4 if spec.bits == 3 else spec.bits, kept=(_most(codes, m), m)) for m in (4, 8, 16)
+        ]
+    return min((s for s in stored if _sensible(s)), key=lambda s: s.stored_bytes)
 
 
-def _two_of_four(codes: Array) -> bool:
-    """At most two of every four consecutive inputs are not zero."""
-    padded = np.pad(codes != 0, ((0, 0), (0, -codes.shape[1] % 4)))
-    return bool((padded.reshape(codes.shape[0], -1, 4).sum(-1) <= 2).all())
+def _most(codes: Array, group: int) -> int:
+    """The most that is not zero of ``group`` consecutive inputs; at least 1."""
+    padded = np.pad(codes != 0, ((0, 0), (0, -codes.shape[1] % group)))
+    return max(1, int(padded.reshape(codes.shape[0], -1, group).sum(-1).max()))
+
+
+def _sensible(spec: LowbitSpec) -> bool:
+    """Whether a stored pattern has a kernel: groups within a lane, whole words, at most two and a quarter of a group."""
+    n, m = spec.kept
+    if not n:
+        return True
+    return n in (1, 2) and 4 * n <= m and 4 * m <= spec.piece and min(spec.streams) >= 1 and not refusal(spec)
 
 
 def _bits(dtype: DType) -> int:
@@ -173,7 +191,7 @@ def _plain(scale: Array) -> Array:
 
 def _spread(spec: LowbitSpec) -> LowbitSpec:
     """How many warps share a tile's inputs, and how many tiles a block has: few rows are split over the inputs."""
-    if spec.rows <= 16:
+    if spec.rows <= FEW:
         most = 16 if spec.tiles < _MULTIPROCESSORS else 8
         return replace(spec, warps_k=max(1, min(most, spec.turns)))
     if spec.rows <= 64:
@@ -182,7 +200,8 @@ def _spread(spec: LowbitSpec) -> LowbitSpec:
 
 
 def _reason(spec: LowbitSpec) -> str:
-    pattern = ", 2 of 4 stored with their places" if spec.sparse else ""
+    n, m = spec.kept if spec.kept[0] else (2, 4)
+    pattern = f", {n} of {m} stored with their places" if spec.sparse or spec.kept[0] else ""
     group = f"group {spec.group}" if spec.group else "one group"
     return (
         f"{spec.bits}-bit weights{pattern}, {group}: {spec.stored_bytes / spec.floor_bytes:.2f} of the bytes of codes, "

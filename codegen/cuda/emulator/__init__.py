@@ -51,6 +51,21 @@ class Emulated:
         if function(arguments, (ctypes.c_int * 5)(*launch), ctypes.c_uint64(order)):
             raise BitwrightError(f"kernel {name}: {self._library.bw_message().decode()}")
 
+    def run_guarded(
+        self, name: str, launch: Sequence[int], arrays: Mapping[str, Array], order: int = 1
+    ) -> dict[str, Array]:
+        """Run one launch on copies of the arrays (arguments in their order): the arrays afterwards.
+
+        Every array ends at a guard page: reading 16 bytes or more past one is an error.
+        """
+        room = Guarded()
+        try:
+            placed = {key: room.place(np.ascontiguousarray(a)) for key, a in arrays.items()}
+            self.run(name, launch, [at for at, _ in placed.values()], order)
+            return {key: view.copy() for key, (_, view) in placed.items()}
+        finally:
+            room.free()
+
 
 class Guarded:
     """Arrays whose ends lie at the end of a page that nothing may touch beyond, so that a read past them is seen."""
@@ -86,17 +101,8 @@ class Guarded:
 def run_guarded(
     text: str, name: str, launch: Sequence[int], arrays: Mapping[str, Array], order: int = 1
 ) -> dict[str, Array]:
-    """Run one launch on copies of the arrays (arguments in their order): the arrays afterwards.
-
-    Every array ends at a guard page: reading 16 bytes or more past one is an error.
-    """
-    room = Guarded()
-    try:
-        placed = {key: room.place(np.ascontiguousarray(a)) for key, a in arrays.items()}
-        Emulated(text, [name]).run(name, launch, [at for at, _ in placed.values()], order)
-        return {key: view.copy() for key, (_, view) in placed.items()}
-    finally:
-        room.free()
+    """Run one launch of a text's only kernel on copies of the arrays; see :meth:`Emulated.run_guarded`."""
+    return Emulated(text, [name]).run_guarded(name, launch, arrays, order)
 
 
 def _unit(text: str, names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from bitwright.codegen.tuning.space import Knob, Point, Rule, Setting
 from bitwright.codegen.tvm.cuda.operands import Matrix, Window
 from bitwright.codegen.tvm.cuda.store import Fragments
 
-Element = Literal["f16", "bf16", "s8", "s8u8", "u8s8", "u8", "f32"]
+Element = Literal["f16", "bf16", "s8", "s8u8", "u8s8", "u8", "f32", "e4m3"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Product:
     @property
     def is_integer(self) -> bool:
         """Whether sums are exact s32."""
-        return self.size == 1
+        return self.size == 1 and self.element != "e4m3"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
 """Every kind of wgmma against plain products, and the mistakes of its protocol that the emulator must see."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from bitwright.codegen.cuda.emulator import run_guarded
+from bitwright.codegen.cuda.emulator import Emulated, run_guarded
 from bitwright.codegen.cuda.instructions import known
 from bitwright.codegen.cuda.instructions.wgmma import OPERANDS, Operands, high, name_of, widths
 from bitwright.codegen.cuda.machine_code import compile_cuda, sass
@@ -21,10 +22,16 @@ KINDS = {o.name: o for o in OPERANDS}
 
 
 def kernel(
-    o: Operands, n: int, sparse: bool, pitch: int = 128, registers: bool = False, without: Sequence[str] = ()
+    o: Operands,
+    n: int,
+    sparse: bool,
+    pitch: int = 128,
+    registers: bool = False,
+    without: Sequence[str] = (),
+    name: str = "kern",
 ) -> CudaBuilder:
     """y[64, n] = a[64, 32 bytes] b[n, 32 or 64 bytes]^T, and of the bytes that follow, staged by hand."""
-    b = CudaBuilder("kern", threads=128)
+    b = CudaBuilder(name, threads=128)
     acc_type = F32 if o.floating else S32
     a_pitch = min(pitch, 64) if sparse else pitch
     x, w = b.param("a", U8, 64 * a_pitch), b.param("b", U8, n * pitch)
@@ -32,7 +39,7 @@ def kernel(
     y = b.param("y", acc_type, 64 * n)
     left = b.shared(U8, 64 * a_pitch, align=1024)
     right = b.shared(U8, n * pitch, align=1024)
-    acc, four = b.local(acc_type, n // 2), b.local(U32, 4)
+    acc, fours = b.local(acc_type, n // 2), b.local(U32, 8)
     for source, to, count in ((x, left, 64 * a_pitch), (w, right, n * pitch)):
         with b.loop(-(-count // 2048)) as i, b.when(i * 2048 + b.thread * 16 < count):
             at = i * 2048 + b.thread * 16
@@ -44,19 +51,20 @@ def kernel(
         b.store(acc, i, const(0, acc_type))
     low_a = b.value("bw_wgmma_low", U32, b.address(left))
     low_b = b.value("bw_wgmma_low", U32, b.address(right))
+    words = [b.let(b.load(meta, b.thread + (128 * step if o.size == 1 else 0))) for step in range(2 * sparse)]
+    for i in range(8 * registers):
+        b.store(fours, i, b.load(regs, (i // 4 * 128 + b.thread) * 4 + i % 4))
     if "fence" not in without:
         b.call("bw_wgmma_fence")
     for step in range(2):
         selector = step if sparse and o.size == 2 else 0
-        name = name_of(o.name, n, selector if sparse else None, registers)
+        product = name_of(o.name, n, selector if sparse else None, registers)
         a = [low_a + const(2 * step, U32), const(high(8 * a_pitch, a_pitch), U32)]
         if registers:
-            for i in range(4):
-                b.store(four, i, b.load(regs, (step * 128 + b.thread) * 4 + i))
-            a = [b.address(four)]
-        e = [b.load(meta, b.thread + (128 * step if o.size == 1 else 0))] if sparse else []
+            a = [b.address(fours, 4 * step)]
+        e = [words[step]] if sparse else []
         low = low_b + const((4 if sparse else 2) * step, U32)
-        b.call(name, b.address(acc), *a, low, const(high(8 * pitch, pitch), U32), *e, 1 if step else 0)
+        b.call(product, b.address(acc), *a, low, const(high(8 * pitch, pitch), U32), *e, 1 if step else 0)
     b.call("bw_wgmma_commit")
     if "wait" not in without:
         b.call("bw_wgmma_wait0")
@@ -131,41 +139,50 @@ def tile(
     return arrays, a_value @ b_value.T
 
 
-def check(o: Operands, n: int, sparse: bool, seeds: range, pitch: int = 128, registers: bool = False) -> None:
-    function = kernel(o, n, sparse, pitch, registers).finish()
-    text = cuda_source(function)
-    for seed in seeds:
-        arrays, want = tile(o, n, sparse, np.random.default_rng(seed), pitch, registers)
-        got = run_guarded(text, "kern", launch_of(function), arrays, seed)["y"]
-        if o.floating:
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4 if o.name != "e4m3" else 0.5)
-        else:
-            assert (got == want).all()
+@dataclass(frozen=True)
+class Tile:
+    """One kernel: formats, columns, and how its operands lie."""
+
+    kind: str
+    n: int
+    sparse: bool
+    pitch: int = 128
+    registers: bool = False
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_tile_is_the_product(kind: str, sparse: bool) -> None:
-    for n in (8, 48):
-        check(KINDS[kind], n, sparse, range(3))
+def check(tiles: Sequence[Tile], seeds: range) -> None:
+    """All kernels in one text equal the product, each seed with other numbers and another order of threads."""
+    functions = [
+        kernel(KINDS[t.kind], t.n, t.sparse, t.pitch, t.registers, name=f"k{i}").finish() for i, t in enumerate(tiles)
+    ]
+    library = Emulated("\n".join(map(cuda_source, functions)), [f"k{i}" for i in range(len(tiles))])
+    for i, t in enumerate(tiles):
+        o = KINDS[t.kind]
+        for seed in seeds:
+            arrays, want = tile(o, t.n, t.sparse, np.random.default_rng(seed), t.pitch, t.registers)
+            got = library.run_guarded(f"k{i}", launch_of(functions[i]), arrays, seed)["y"]
+            if o.floating:
+                near = 1e-4 if t.kind != "e4m3" else 0.5
+                np.testing.assert_allclose(got, want, rtol=1e-5, atol=near, err_msg=str(t))
+            else:
+                assert (got == want).all(), t
 
 
-@pytest.mark.parametrize("kind", ["bf16", "s8s8"])
-def test_a_from_registers(kind: str) -> None:
-    check(KINDS[kind], 16, False, range(2), registers=True)
-    check(KINDS[kind], 16, True, range(2), registers=True)
+def test_tiles_are_the_product() -> None:
+    check([Tile(kind, n, sparse) for kind in KINDS for sparse in (False, True) for n in (8, 48)], range(3))
 
 
-@pytest.mark.parametrize("pitch", [64, 128])
-def test_swizzles(pitch: int) -> None:
-    check(KINDS["f16"], 24, False, range(2), pitch=pitch)
+def test_a_from_registers() -> None:
+    check([Tile(kind, 16, sparse, registers=True) for kind in ("bf16", "s8s8") for sparse in (False, True)], range(2))
+
+
+def test_swizzles() -> None:
+    check([Tile("f16", 24, False, pitch) for pitch in (64, 128)], range(2))
 
 
 @pytest.mark.nightly
 def test_ten_thousand_tiles() -> None:
-    for kind, o in KINDS.items():
-        for sparse in (False, True):
-            check(o, 16, sparse, range(1000), registers=kind == "s8s8")
+    check([Tile(k, 16, sparse, registers=k == "s8s8") for k in KINDS for sparse in (False, True)], range(1000))
 
 
 @pytest.mark.parametrize("lack", ["proxy", "wait", "fence"])
@@ -182,14 +199,15 @@ def test_a_missing_fence_or_wait_is_seen(lack: str) -> None:
 
 
 def test_machine_code_holds_the_instructions() -> None:
-    for kind, o in KINDS.items():
-        for sparse in (False, True):
-            name = name_of(kind, 64, 0 if sparse else None)
-            made = compile_cuda(cuda_source(kernel(o, 64, sparse).finish()), "sm_90a")
-            shown = sass(made.cubin)
-            assert any(known()[name].sass.replace("\\", "") in line for line in shown.splitlines()), name
-            assert made.resources["kern"].spill_stores == 0
-            assert made.resources["kern"].stack_bytes == 0
+    made = [(kind, sparse) for kind in KINDS for sparse in (False, True)]
+    functions = [kernel(KINDS[kind], 64, sparse, name=f"k{i}").finish() for i, (kind, sparse) in enumerate(made)]
+    compiled = compile_cuda("\n".join(map(cuda_source, functions)), "sm_90a")
+    shown = sass(compiled.cubin)
+    for kind, sparse in made:
+        word = known()[name_of(kind, 64, 0 if sparse else None)].sass.replace("\\", "")
+        assert word in shown
+    assert compiled.warnings == ()
+    assert all(r.spill_stores == r.stack_bytes == 0 for r in compiled.resources.values())
 
 
 def test_widths_of_integers_skip_some() -> None:

@@ -3,25 +3,30 @@
 import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from bitwright.codegen.cuda.emulator import Emulated
+from bitwright.codegen.cuda.emulator import Emulated, run_guarded
 from bitwright.codegen.cuda.machine_code import Compiled, compile_cuda, sass
 from bitwright.codegen.targets.nvidia import SM80, SM90
-from bitwright.codegen.tvm.cuda import wgmma_spec
+from bitwright.codegen.tvm.cuda import wgmma_layout, wgmma_spec
 from bitwright.codegen.tvm.cuda.builder import launch_of
+from bitwright.codegen.tvm.cuda.mma_emit import Pointers
 from bitwright.codegen.tvm.cuda.mma_spec import Product
 from bitwright.codegen.tvm.cuda.operands import Matrix
 from bitwright.codegen.tvm.cuda.source import cuda_source
 from bitwright.codegen.tvm.cuda.wgmma import Wgmma, WgmmaConfig
+from bitwright.codegen.tvm.cuda.wgmma_emit import Kernel, builder
 from bitwright.codegen.tvm.cuda.wgmma_spec import Cut
 from bitwright.codegen.tvm.template import Refused
+from bitwright.codegen.tvm.tir import Vec
 from bitwright.ir import ops
 from bitwright.ir.errors import BitwrightError
 from bitwright.ir.interpret import evaluate, to_numpy
-from bitwright.ir.types import BF16
+from bitwright.ir.types import BF16, F32, U8
 from bitwright.ir.weights import Array
 from tests.codegen.cuda.emulated import launched
 from tests.codegen.kernel_batch import Case, body_of, difference
@@ -218,6 +223,44 @@ def test_products_of_computed_operands() -> None:
     body = body_of((ops.MatMul(transpose_b=True), ("a", "b")), inputs=inputs)
     k.add(Case("batched", body, inputs, rtol=4e-3, atol=4e-2))
     k.run()
+
+
+def e4m3(p: Product, cut: Cut) -> object:
+    """A kernel of 8-bit floats as they lie in memory; no graph has them yet as tensor cores read them."""
+    b = builder("kern", p, cut)
+    x, w, y = b.param("x", U8, p.rows * p.source.length), b.param("w", U8, 1 << 20), b.param("y", F32, p.rows * p.outs)
+
+    def put(batch: object, row: Any, out: Any, values: list[Vec]) -> None:
+        for k, value in enumerate(values):
+            with b.when(out + k < p.outs):
+                b.store(y, row * p.outs + out + k, value)
+
+    Kernel(b, p, cut, Pointers(x, w)).emit(put)
+    return b.finish()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_eight_bit_floats(sparse: bool) -> None:
+    rng = np.random.default_rng(10)
+    outs, rows, depth = 90, 37, 272
+    p, cut = (
+        Product("e4m3", outs, Matrix(rows, depth, depth), sparse=sparse),
+        Cut(128, 16, 2, 4, 2, blocks=4, cluster=2),
+    )
+    x, w = (rng.integers(0, 256, (n, depth)).astype(np.uint8) for n in (rows, outs))
+    w = pruned(w, rng) if sparse else w
+    for raw in (x, w):
+        raw[(raw & 0x7F) == 0x7F] = 0  # NaN
+    values = [raw.view(ml_dtypes.float8_e4m3fn).astype(np.float64) for raw in (x, w)]
+    arrays = {"x": x, "w": wgmma_layout.pack(w, cut.outs, sparse), "y": np.zeros((rows, outs), np.float32)}
+    function = e4m3(p, cut)
+    text = cuda_source(function)
+    for order in (1, 2):
+        got = run_guarded(text, "kern", launch_of(function), arrays, order)["y"]
+        np.testing.assert_allclose(got, values[0] @ values[1].T, rtol=1e-4, atol=1.0)
+    made = compile_cuda(text, "sm_90a")
+    assert made.warnings == ()
+    assert ("QGMMA.SP.64x16x64" if sparse else "QGMMA.64x16x32") in sass(made.cubin)
 
 
 @pytest.mark.parametrize("kind", ["uint8", "float16"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from bitwright.ir import ops
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
+from bitwright.ir.interpret import evaluate, to_torch
 from bitwright.ir.weights import Array
 from bitwright.passes.precision._histogram import Histogram
 
@@ -135,6 +138,17 @@ class Ranges:
         moved = [n for n in self.graph.nodes if isinstance(n.op, (ops.Reshape, ops.Transpose, ops.Flip))]
         self.same = {n.output: n.inputs[0] for n in moved if not self.graph.is_constant(n.inputs[0])}
         """Values that hold the elements of another one: their range is not measured twice."""
+
+    def see_inputs(self, inputs: Mapping[str, Array], batch: int) -> None:
+        """Take in what a batch gives the graph."""
+        for name, value in inputs.items():
+            self.see(str(name), to_torch(value), batch)
+
+    def see_all(self, inputs: Mapping[str, Array], batch: int) -> None:
+        """Run a batch and take in its inputs and all that is computed; errors as those of :meth:`see` and the
+        interpreter."""
+        self.see_inputs(inputs, batch)
+        evaluate(self.graph, inputs, observe=partial(self.see, batch=batch))
 
     def see(self, name: str, value: torch.Tensor, batch: int) -> None:
         """Take in a value of a batch; raises :class:`InvalidInput` for NaN."""

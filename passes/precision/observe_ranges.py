@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
-from bitwright.ir.interpret import Observer, evaluate, to_torch
+from bitwright.ir.interpret import Observer, evaluate
 from bitwright.passes._pass import Batch, Context, Pass
 from bitwright.passes._trace import Trace, compared, rows_of
+from bitwright.passes.precision._joined import joined
 from bitwright.passes.precision._observe import Ranges
 from bitwright.passes.precision._statistics import keep_reference
 from bitwright.passes.sparsity._inputs import need_calibration
@@ -27,7 +29,8 @@ class ObserveRanges(Pass):
     ``minmax`` takes the extremes, ``percentile`` leaves out the outermost (100 - percentile) percent, ``mse`` gives
     ``bits`` bits their smallest squared error, ``entropy`` their smallest divergence. ``per`` channel or group (of
     ``group`` channels) also notes the ranges of these parts of what contractions read. ``also=4`` (or ``4|6``) notes
-    beside them the range that suits activations of so many bits, by ``mse``. One batch is held at a time.
+    beside them the range that suits activations of so many bits, by ``mse``. One batch is held at a time; small ones
+    are joined where the graph treats their rows one by one.
 
     before:
         graph @g (%x: f32[2]) -> (y = %y) level=graph {
@@ -55,20 +58,8 @@ class ObserveRanges(Pass):
         if not 2 <= self.bits <= 8 or self.group < 1:
             raise InvalidInput(f"observe-ranges: bits is 2 to 8 and group at least 1, not {self.bits}, {self.group}")
         also = self._also()
-        seen, count = Ranges(graph, self.method, self.per, self.group, bool(also)), 0
-        names = [v.name for v in graph.inputs]
-        for batch in context.calibration:
-            if context.progress is not None:
-                context.progress("calibrating", count / len(context.calibration))
-            given = batch if isinstance(batch, Mapping) else dict(zip(names, batch, strict=False))
-            for name, value in given.items():
-                seen.see(str(name), to_torch(value), count)
-            see = partial(seen.see, batch=count)
-            if count == 0:
-                self._first(graph, batch, see, context)
-            else:
-                evaluate(graph, batch, observe=see)
-            count += 1
+        seen = Ranges(graph, self.method, self.per, self.group, bool(also))
+        count = self._watch(graph, context, seen)
         ranges = seen.found(self.percentile, (1 << self.bits) - 1)
         if not ranges:
             raise InvalidInput("observe-ranges saw no values: the calibration batches are empty")
@@ -80,6 +71,27 @@ class ObserveRanges(Pass):
             context.facts[f"{self.per}-ranges"] = seen.found_parts(self.percentile, (1 << self.bits) - 1)
         context.remark(self.name, "model", values=len(ranges), batches=count)
         return graph
+
+    def _watch(self, graph: Graph, context: Context, seen: Ranges) -> int:
+        """Run all batches before ``seen``: their number."""
+        names, batches, count = [v.name for v in graph.inputs], iter(context.calibration), 0
+        tell = context.progress or (lambda label, share: None)
+        for first in islice(batches, 1):  # alone: others look at what it gives
+            tell("calibrating", 0.0)
+            given = first if isinstance(first, Mapping) else dict(zip(names, first, strict=False))
+            seen.see_inputs(given, 0)
+            self._first(graph, first, partial(seen.see, batch=0), context)
+            count = 1
+        for batch, parts in joined(graph, batches):
+            tell("calibrating", count / len(context.calibration))
+            try:
+                seen.see_all(batch, count)
+            except InvalidInput:
+                for i, part in enumerate(parts):  # names the one to blame
+                    seen.see_all(part, count + i)
+                raise
+            count += len(parts)
+        return count
 
     def _first(self, graph: Graph, batch: Batch, see: Observer, context: Context) -> None:
         """Evaluate the first batch, and leave its trace for those who would evaluate it again."""

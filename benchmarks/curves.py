@@ -101,7 +101,7 @@ def rows_table(found: Points, ops: float) -> str:
         best = best_dense(found, m)
         cells = [f"{found[x][m] * 1e6:.1f}" if m in found[x] else "" for x in found]
         gains = [f"{best / found[f'ours {x}'][m]:.2f}x" for x in RECIPES]
-        lines.append([str(m), *cells, *gains, f"{ops * m / found['ours dense'][m] / 1e9:.0f}"])
+        lines.append([f"{m:g}", *cells, *gains, f"{ops * m / found['ours dense'][m] / 1e9:.0f}"])
     heads = ["rows", *(f"{x}, us" for x in found), *(f"{x} over best" for x in RECIPES), "dense GOP/s"]
     return tables.markdown(heads, lines)
 

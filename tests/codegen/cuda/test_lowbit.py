@@ -17,7 +17,7 @@ from bitwright.codegen.tvm.cuda.lowbit.template import CudaLowbit, LowbitConfig
 from bitwright.ir import ops
 from bitwright.ir.build import Builder
 from bitwright.ir.graph import Graph
-from bitwright.ir.types import F32, NM, S8, TensorType, parse_dtype
+from bitwright.ir.types import F32, NM, S8, S32, TensorType, parse_dtype
 from bitwright.ir.weights import Array
 from tests.codegen.cuda.gpu_batch import GpuBatch, refusal
 from tests.codegen.kernel_batch import Case
@@ -130,6 +130,60 @@ def cases(ones: bool = False) -> list[Case]:
         largest = float(np.abs(data["x"].astype(np.float64)).sum(1).max() * np.abs(data["w"]).max() * 0.011)
         made.append(Case(str(it), body, data, rtol=0 if ones else 1e-5, atol=0 if ones else 2e-7 * largest))
     return made
+
+
+@dataclass(frozen=True)
+class Exact:
+    rows: int
+    outputs: int
+    depth: int
+    weights: str
+    x: str = "s8"
+    zero: int = 0
+    pattern: tuple[int, int] = ()  # type: ignore[assignment]
+
+
+EXACT = (
+    Exact(1, 40, 512, "s4"),
+    Exact(3, 37, 77, "s2", "u8", 131),
+    Exact(16, 33, 300, "ternary", "u8", 7),
+    Exact(2, 40, 256, "s3", "s8", -5),
+    Exact(1, 40, 256, "s8", "u8", 128, (2, 4)),
+    Exact(5, 40, 300, "s4", "u8", 99, (2, 4)),
+    Exact(1, 40, 512, "s8", "u8", 3, (1, 8)),
+    Exact(4, 40, 530, "s4", "s8", 0, (1, 16)),
+)
+
+
+def exact_case(it: Exact) -> Case:
+    """int_linear, bias, and back to bytes."""
+    b, rng, d, kind = (
+        Builder("body", "integer"),
+        np.random.default_rng(it.depth),
+        parse_dtype(it.weights),
+        parse_dtype(it.x),
+    )
+    encoding: Any = {"encoding": NM(*it.pattern, 1)} if it.pattern else {}
+    w = rng.integers(d.lo, d.hi + 1, (it.outputs, it.depth))
+    w[0], w[-1] = d.lo, d.hi
+    w = masked(w, *it.pattern, rng) if it.pattern else w
+    data: dict[str, Array] = {"x": rng.integers(kind.lo, kind.hi + 1, (it.rows, it.depth)).astype(kind.numpy)}
+    data["x"][0] = kind.hi
+    data |= {"w": w.astype(d.numpy), "bias": rng.integers(-999, 999, it.outputs).astype(np.int32)}
+    x = b.input("x", TensorType(kind, (it.rows, it.depth)))
+    weight = b.input("w", TensorType(d, (it.outputs, it.depth), **encoding))
+    bias = b.input("bias", TensorType(S32, (it.outputs,)))
+    y = b.emit(ops.Binary("add"), b.emit(ops.IntLinear(x_zero=it.zero), x, weight), bias)
+    return Case(str(it), b.finish([y]), data)
+
+
+def test_exact_sums_of_few_rows() -> None:
+    batch = GpuBatch(CudaLowbit(), [exact_case(it) for it in EXACT], WEIGHTS)
+    assert batch.run(orders=(1, 2)) == []
+    assert all(config_spec(c).warps_k > 1 for c in batch.configs[:1])
+    bytes_take = [Exact(1, 40, 512, "s8"), Exact(17, 40, 512, "s4")]
+    assert all("kernels of bytes" in refusal(CudaLowbit(), exact_case(it), WEIGHTS) for it in bytes_take)
+    assert "unsigned" in refusal(CudaLowbit(), exact_case(Exact(1, 40, 512, "u4")), WEIGHTS)
 
 
 def test_matches_interpreter() -> None:

@@ -31,10 +31,11 @@ class Operands:
     """Pointers of the kernel."""
 
     x: Pointer
-    x_scale: Pointer
     weights: Pointer
-    scales: Pointer
-    zeros: Pointer | None
+    x_scale: Pointer | None = None
+    scales: Pointer | None = None
+    zeros: Pointer | None = None
+    offsets: Pointer | None = None
 
 
 @dataclass(eq=False)
@@ -57,10 +58,11 @@ class Kernel:
         self.codes = b.local(U32, 4 if s.sparse else 8, "codes")
         self.x = b.local(U32, words, "x")
         self.masked = b.local(U32, 4, "masked")
-        self.sums, self.total = b.local(S32, words, "sums"), b.local(F32, words, "total")
+        self.kind = S32 if s.exact else F32
+        self.sums, self.total = b.local(S32, words, "sums"), b.local(self.kind, words, "total")
         self.ones, self.sums_x = b.local(U32, 4, "ones"), b.local(S32, words, "sums_x")
         for i in range(words):
-            b.store(self.total, i, const(0.0, F32))
+            b.store(self.total, i, const(0, self.kind))
         for i in range(4):
             b.store(self.ones, i, const(0x01010101, U32))
         self._clear()
@@ -190,17 +192,18 @@ class Kernel:
     def _products(self, n: int, c: int, end: int) -> None:
         """The products of the piece of a chunk that ends at ``end``, for all rows."""
         b, s = self.b, self.s
+        name = "s8u8" if s.unsigned else "s8"
         for j in range(s.columns):
             if s.sparse:
                 right = self._only(4 * j, 4, range((end - s.piece) // 16, end // 16))
                 meta = b.load(self.raw, n * sum(s.streams) + sum(s.streams[:-1]) + c)
-                b.call("bw_mma_sp_s8", b.address(self.sums, 4 * j), b.address(self.codes), right, meta)
+                b.call(f"bw_mma_sp_{name}", b.address(self.sums, 4 * j), b.address(self.codes), right, meta)
                 continue
             for step in range(2):
                 kept = [i for i in range((end - s.piece) // 16, end // 16) if i // 2 == step]
                 if kept:
                     right = self._only(4 * j + 2 * step, 2, [i % 2 for i in kept])
-                    b.call("bw_mma_s8", b.address(self.sums, 4 * j), b.address(self.codes, 4 * step), right)
+                    b.call(f"bw_mma_{name}", b.address(self.sums, 4 * j), b.address(self.codes, 4 * step), right)
                     if s.zeros:
                         b.call("bw_mma_s8", b.address(self.sums_x, 4 * j), b.address(self.ones), right)
 
@@ -222,6 +225,11 @@ class Kernel:
     def _flush(self, group: Index) -> None:
         """Add the exact sums of a group, times its scale, to the totals."""
         b, s = self.b, self.s
+        if s.exact:
+            for i in range(4 * s.columns):
+                b.store(self.total, i, b.load(self.total, i) + (b.load(self.sums, i) >> s.shift))
+            self._clear()
+            return
         at = b.index((self.tile * s.groups + group) * TILE + self.eighth * 2)
         scales = self._scales(at)
         zeros = None
@@ -236,6 +244,7 @@ class Kernel:
 
     def _scales(self, at: Index) -> list[Vec]:
         b = self.b
+        assert self.on.scales is not None
         if self.s.wide_scales:
             return [b.register(F32, 1, b.load(self.on.scales, at + h)).get() for h in range(2)]
         both = b.register(U32, 1, b.load(b.view(self.on.scales, U32), at // 2)).get()
@@ -246,7 +255,7 @@ class Kernel:
         """Totals of all warps through shared memory to rows of four outputs a thread."""
         b, s = self.b, self.s
         rows = 8 * s.columns
-        held = b.shared(F32, s.warps_k * s.warps_o * rows * STRIDE)
+        held = b.shared(self.kind, s.warps_k * s.warps_o * rows * STRIDE)
         mine = b.index((self.part * s.warps_o + b.warp // s.warps_k) * rows)
         for i in range(4 * s.columns):
             row = mine + 8 * (i // 4) + self.quarter * 2 + i % 2
@@ -260,13 +269,15 @@ class Kernel:
             row = b.index(self.first_row + line % rows)
             first = b.index((b.block("x") * s.warps_o + line // rows) * TILE + e % 4 * 4)
             with b.when(conjunction([e < pieces, row < s.rows, first < s.outputs])):
-                scale = b.register(F32, 1, b.load(self.on.x_scale, row)).get()
+                factor = b.register(F32, 1, b.load(self.on.x_scale, row)).get() if self.on.x_scale is not None else None
                 values = []
                 for k in range(4):
                     value = b.load(held, line * STRIDE + e % 4 * 4 + k)
                     for p in range(1, s.warps_k):
                         value = value + b.load(held, (p * s.warps_o * rows + line) * STRIDE + e % 4 * 4 + k)
-                    values.append(b.register(F32, 1, value * scale).get())
+                    if self.on.offsets is not None:
+                        value = value + b.load(self.on.offsets, first + k)
+                    values.append(b.register(self.kind, 1, value if factor is None else value * factor).get())
                 whole = s.outputs % 4 == 0
                 epilogue.store_row(unflatten(row, lead), first, values, s.outputs, whole)
 

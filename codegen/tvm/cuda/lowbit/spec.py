@@ -26,7 +26,8 @@ class LowbitSpec:
 
     ``bits`` of a stored code: 2, 3, 4, 8. ``sparse``: 2 of 4 are stored, with 2 bits of place each. ``kept``: so many
     of so many are stored (0 of 0: all) and spread out again, with 2 bits of place in groups of 4, else 4. ``zeros``:
-    zero points by group. ``warps_k`` warps share the inputs of a tile, ``warps_o`` tiles are in a block.
+    zero points by group. ``exact``: s32 sums without scales, of ``unsigned`` activations or signed ones, with
+    ``offsets`` by output. ``warps_k`` warps share the inputs of a tile, ``warps_o`` tiles are in a block.
     """
 
     rows: int
@@ -38,6 +39,9 @@ class LowbitSpec:
     zeros: bool
     sparse: bool
     kept: tuple[int, int] = (0, 0)
+    exact: bool = False
+    unsigned: bool = False
+    offsets: bool = False
     warps_k: int = 1
     warps_o: int = 1
 
@@ -146,19 +150,25 @@ class LowbitSpec:
         return self.tiles * self.spans * self.span_words
 
     @property
+    def output_bytes(self) -> int:
+        """Bytes of an output's scales and zero points, or of its offset."""
+        if self.exact:
+            return 4 * self.offsets
+        return self.groups * ((4 if self.wide_scales else 2) + self.zeros)
+
+    @property
     def floor_bytes(self) -> int:
         """Bytes of codes, places, scales and zero points as such, without any padding."""
         share, place = (0.5, 2) if self.sparse else (1.0, 0)
         if self.kept[0]:
             share, place = self.kept[0] / self.kept[1], math.ceil(math.log2(self.kept[1]))
         codes = int(self.outputs * self.depth * share * (self.bits + place) / 8)
-        return codes + self.outputs * self.groups * ((4 if self.wide_scales else 2) + self.zeros)
+        return codes + self.outputs * self.output_bytes
 
     @property
     def stored_bytes(self) -> int:
         """Bytes that the kernel reads instead."""
-        scales = self.tiles * TILE * self.groups * ((4 if self.wide_scales else 2) + self.zeros)
-        return 4 * self.weight_words + scales
+        return 4 * self.weight_words + self.tiles * TILE * self.output_bytes
 
 
 def place_of(piece: int, register: int, quarter: int) -> int:
@@ -179,7 +189,7 @@ def refusal(spec: LowbitSpec) -> str:
         return f"groups of {spec.group}: kernels take multiples of 16"
     if spec.unit > LONGEST and spec.group % spec.span:
         return f"groups of {spec.group} and spans of {spec.span} inputs begin together only every {spec.unit}"
-    if (spec.group or spec.depth) << 14 >= 1 << 31:
+    if (spec.group or spec.depth) << (15 if spec.unsigned else 14) >= 1 << 31:
         return f"sums of {spec.group or spec.depth} products do not fit 32 bits"
     if max(4 * spec.weight_words, spec.rows * spec.outputs, spec.rows * spec.depth) >= 1 << 31:
         return "more than 2^31 bytes"

@@ -1,4 +1,7 @@
-"""Kernel template: linear layers of s8 codes and low-bit weights with group scales, for few and for many rows."""
+"""Kernel template: linear layers of 8-bit codes and low-bit or sparse weights.
+
+With group scales for few and for many rows; with exact sums for few, where it reads fewer bytes than kernels of bytes.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.target import Target
-from bitwright.ir.types import BF16, F32, NM, S8, U16, U32, DType
+from bitwright.ir.types import BF16, F32, NM, S8, S32, U16, U32, DType
 from bitwright.ir.weights import Array
 
 _MULTIPROCESSORS = 132
@@ -39,24 +42,26 @@ class LowbitConfig(CudaConfig):
 
 
 class CudaLowbit(Template):
-    """group_linear with constant weights and a pointwise epilogue."""
+    """group_linear, or int_linear of few rows, with constant weights and a pointwise epilogue."""
 
     name: ClassVar[str] = "cuda_lowbit"
 
     def configure(self, body: Graph, constants: Mapping[str, Array], target: Target) -> Config | Refused:
         """Takes weights of up to 8 bits in groups of multiples of 16, or with one scale an output."""
         root = root_of(body)
-        if root is None or not isinstance(root.op, ops.GroupLinear):
-            return Refused("no linear layer with group scales")
+        if root is None or not isinstance(root.op, ops.GroupLinear | ops.IntLinear):
+            return Refused("no linear layer of codes")
         if why := _operands(body, root, constants):
             return Refused(why)
         spec = _spec(body, root, constants)
         if why := refusal(spec):
             return Refused(why)
+        if spec.exact and (spec.rows > FEW or (spec.bits == 8 and not spec.sparse and not spec.kept[0])):
+            return Refused("8-bit weights without a pattern, or many rows: tensor-core kernels of bytes take them")
         spec = _spread(spec)
-        packed = set(root.inputs[2:])
+        packed = set(_weights(root))
         others = tuple(i for i, v in enumerate(body.inputs) if v.name not in packed)
-        count = 3 if spec.zeros else 2
+        count = 1 + spec.offsets if spec.exact else 2 + spec.zeros
         args = [*(Arg("input", i) for i in others), *(Arg("packed", i) for i in range(count))]
         return LowbitConfig(
             args=(*args, *(Arg("output", i) for i in range(len(body.outputs)))), mcpu=target.mcpu, spec=spec,
@@ -65,23 +70,22 @@ class CudaLowbit(Template):
 
     def pack(self, body: Graph, config: Config, constants: Mapping[str, Array]) -> list[Array]:
         assert isinstance(config, LowbitConfig)
-        codes, scale, zero = _constants(body, constants)
-        out = [packing.pack(config.spec, codes), packing.pack_groups(config.spec, _plain(scale))]
-        return [*out, *([packing.pack_groups(config.spec, zero)] if zero is not None else [])]
+        return [packing.pack(config.spec, _codes(body, constants)), *_beside(body, config.spec, constants)]
 
     def verify(self, body: Graph, config: Config, constants: Mapping[str, Array], packed: list[Array]) -> str:
         assert isinstance(config, LowbitConfig)
-        codes, scale, zero = _constants(body, constants)
-        if not np.array_equal(packing.unpack(config.spec, packed[0]), codes):
+        if not np.array_equal(packing.unpack(config.spec, packed[0]), _codes(body, constants)):
             return "the packed weights do not unpack to the weights"
-        want = [_plain(scale), *([zero] if zero is not None else [])]
-        same = (np.array_equal(packing.pack_groups(config.spec, a), b) for a, b in zip(want, packed[1:], strict=True))
-        return "" if all(same) else "packed scales or zero points differ"
+        want = _beside(body, config.spec, constants)
+        same = all(np.array_equal(a, b) for a, b in zip(want, packed[1:], strict=True))
+        return "" if same else "packed scales or zero points differ"
 
     def kernel_body(self, body: Graph) -> Graph:
         """The body without the size of the group, which the spec knows."""
         root = root_of(body)
         assert root is not None
+        if not isinstance(root.op, ops.GroupLinear):
+            return body
         plain = replace(root, op=ops.GroupLinear())
         return replace(body, nodes=tuple(plain if n is root else n for n in body.nodes))
 
@@ -96,27 +100,37 @@ class CudaLowbit(Template):
             inputs[body.inputs[i].name] = b.param(f"x{i}", memory(t.dtype), t.size)
         weights = b.param("weights", U32, spec.weight_words)
         each = spec.tiles * 16 * spec.groups
-        scales = b.param("scales", F32 if spec.wide_scales else U16, each)
+        scales = b.param("scales", F32 if spec.wide_scales else U16, each) if not spec.exact else None
         zeros = b.param("zeros", S8, each) if spec.zeros else None
+        offsets = b.param("offsets", S32, each) if spec.offsets else None
         types = [body.types[o] for o in body.outputs]
         outputs = [b.param(f"y{i}", memory(t.dtype), t.size) for i, t in enumerate(types)]
-        operands = Operands(inputs[root.inputs[0]], inputs[root.inputs[1]], weights, scales, zeros)
+        x_scale = inputs[root.inputs[1]] if not spec.exact else None
+        operands = Operands(inputs[root.inputs[0]], weights, x_scale, scales, zeros, offsets)
         epilogue = RowEpilogue(b, body, root, inputs, outputs)
         Kernel(b, spec, operands).run(epilogue, body, root)
         return b.finish()
 
 
+def _weights(root: Node) -> tuple[str, ...]:
+    """The operands that are packed: codes, and scales and zero points if there are any."""
+    return root.inputs[2:] if isinstance(root.op, ops.GroupLinear) else root.inputs[1:]
+
+
 def _operands(body: Graph, root: Node, constants: Mapping[str, Array]) -> str:
     """Why the operands do not fit, or the empty string."""
     inputs = {v.name for v in body.inputs}
-    if any(x not in constants for x in root.inputs[2:]):
+    op = root.op
+    if isinstance(op, ops.IntLinear) and (op.acc != S32 or body.types[root.inputs[1]].dtype.lo >= 0):
+        return "sums other than s32, or unsigned weights"
+    if any(x not in constants for x in _weights(root)):
         return "weights or their scales are computed"
     if any(x not in inputs for x in root.inputs):
         return "an operand is a literal or computed in the same kernel"
     if not all(t.is_static for t in body.types.values()):
         return "symbolic sizes"
     rest = [n for n in body.nodes if n is not root and not isinstance(n.op, ops.Constant)]
-    if any(x in n.inputs for n in rest for x in root.inputs[2:]):
+    if any(x in n.inputs for n in rest for x in _weights(root)):
         return "the weights are used behind the product, too"
     if any(body.types[o].shape != root.type.shape for o in body.outputs):
         return "a result has another shape than the product"
@@ -127,15 +141,21 @@ def _operands(body: Graph, root: Node, constants: Mapping[str, Array]) -> str:
 
 
 def _spec(body: Graph, root: Node, constants: Mapping[str, Array]) -> LowbitSpec:
-    assert isinstance(root.op, ops.GroupLinear)
-    x, w = (body.types[root.inputs[i]] for i in (0, 2))
+    x, w = body.types[root.inputs[0]], body.types[_weights(root)[0]]
     outputs, depth = w.static_shape
-    codes, _, zero = _constants(body, constants)
-    spec = LowbitSpec(
-        math.prod(x.static_shape[:-1]), outputs, depth, root.op.group if root.op.group < depth else 0, _bits(w.dtype),
-        body.types[root.inputs[3]].dtype != BF16, zero is not None, False,
-    )  # fmt: skip
-    if not isinstance(w.encoding, NM) or zero is not None:
+    codes, rows = _codes(body, constants), math.prod(x.static_shape[:-1])
+    if isinstance(root.op, ops.GroupLinear):
+        zero = _zeros(body, constants)
+        group = root.op.group if root.op.group < depth else 0
+        wide = body.types[root.inputs[3]].dtype != BF16
+        spec = LowbitSpec(rows, outputs, depth, group, _bits(w.dtype), wide, zero is not None, False)
+    else:
+        assert isinstance(root.op, ops.IntLinear)
+        spec = LowbitSpec(
+            rows, outputs, depth, 0, _bits(w.dtype), False, False, False, exact=True, unsigned=x.dtype.lo >= 0,
+            offsets=root.op.x_zero != 0,
+        )  # fmt: skip
+    if not isinstance(w.encoding, NM) or spec.zeros:
         return spec
     stored = [spec]
     if spec.bits > 2 and _most(codes, 4) <= 2:
@@ -154,7 +174,7 @@ def _most(codes: Array, group: int) -> int:
 
 
 def _sensible(spec: LowbitSpec) -> bool:
-    """Whether a stored pattern has a kernel: groups within a lane, whole words, at most two and a quarter of a group."""
+    """Whether a stored pattern has a kernel: groups within a lane, whole words, at most a quarter."""
     n, m = spec.kept
     if not n:
         return True
@@ -172,16 +192,35 @@ def _middle(dtype: DType) -> int:
     return 1 << (dtype.bits - 1) if dtype.lo >= 0 else 0
 
 
-def _constants(body: Graph, constants: Mapping[str, Array]) -> tuple[Array, Array, Array | None]:
-    """Signed codes, scales [outputs, groups], zero points of the signed codes s8[outputs, groups] or None."""
+def _codes(body: Graph, constants: Mapping[str, Array]) -> Array:
+    """Codes as signed ones, s8[outputs, depth]."""
+    root = root_of(body)
+    assert root is not None
+    name = _weights(root)[0]
+    return (constants[name].astype(np.int16) - _middle(body.types[name].dtype)).astype(np.int8)
+
+
+def _zeros(body: Graph, constants: Mapping[str, Array]) -> Array | None:
+    """Zero points of the signed codes, s8[outputs, groups], or None."""
     root = root_of(body)
     assert root is not None
     middle = _middle(body.types[root.inputs[2]].dtype)
-    codes = (constants[root.inputs[2]].astype(np.int16) - middle).astype(np.int8)
-    scale = constants[root.inputs[3]]
     if len(root.inputs) > 4:
-        return codes, scale, (constants[root.inputs[4]].astype(np.int16) - middle).astype(np.int8)
-    return codes, scale, np.full(scale.shape, -middle, np.int8) if middle else None
+        return (constants[root.inputs[4]].astype(np.int16) - middle).astype(np.int8)
+    return np.full(constants[root.inputs[3]].shape, -middle, np.int8) if middle else None
+
+
+def _beside(body: Graph, spec: LowbitSpec, constants: Mapping[str, Array]) -> list[Array]:
+    """What is packed beside the codes: scales and zero points, or what a zero point of the activations takes off."""
+    root = root_of(body)
+    assert root is not None
+    if isinstance(root.op, ops.IntLinear):
+        total = np.zeros(spec.tiles * 16, np.int64)
+        total[: spec.outputs] = -root.op.x_zero * _codes(body, constants).sum(1, dtype=np.int64)
+        return [total.astype(np.int32)] if spec.offsets else []
+    zero = _zeros(body, constants)
+    out = [packing.pack_groups(spec, _plain(constants[root.inputs[3]]))]
+    return [*out, *([packing.pack_groups(spec, zero)] if zero is not None else [])]
 
 
 def _plain(scale: Array) -> Array:
@@ -202,7 +241,7 @@ def _spread(spec: LowbitSpec) -> LowbitSpec:
 def _reason(spec: LowbitSpec) -> str:
     n, m = spec.kept if spec.kept[0] else (2, 4)
     pattern = f", {n} of {m} stored with their places" if spec.sparse or spec.kept[0] else ""
-    group = f"group {spec.group}" if spec.group else "one group"
+    group = "exact sums" if spec.exact else f"group {spec.group}" if spec.group else "one group"
     return (
         f"{spec.bits}-bit weights{pattern}, {group}: {spec.stored_bytes / spec.floor_bytes:.2f} of the bytes of codes, "
         f"places and scales; {8 * spec.columns} rows at once, inputs split between {spec.warps_k} warps"

@@ -9,12 +9,16 @@ import numpy as np
 from bitwright.ir.batch import why_not_separable
 from bitwright.ir.errors import InvalidInput
 from bitwright.ir.graph import Graph
+from bitwright.ir.infer import bind_graph
+from bitwright.ir.interpret import bind_symbols
 from bitwright.ir.weights import Array
-from bitwright.passes._measure import macs
+from bitwright.ir.work import macs
 from bitwright.passes._pass import Batch
 
 WORK = 1 << 26
-"""Multiply-accumulates up to which batches are joined: about a millisecond of one core."""
+"""Multiply-accumulates up to which batches are joined, a value that is computed counting as :data:`VALUE` of them:
+about a millisecond of one core and some megabytes."""
+VALUE = 16
 Named = dict[str, Array]
 
 
@@ -57,7 +61,8 @@ def _tails(batch: Named) -> list[object]:
 def _work(graph: Graph, batch: Named) -> int:
     """That of a batch; of one that does not fit, so much that it stays alone and the interpreter names it."""
     try:
-        return macs(graph, batch)
+        bound = bind_graph(graph, bind_symbols(graph, [np.shape(batch[v.name]) for v in graph.inputs]))
+        return sum(macs(n, bound) + VALUE * sum(bound.types[o].size for o in n.outputs) for n in bound.nodes)
     except (InvalidInput, KeyError, ValueError, TypeError):
         return WORK
 

@@ -36,8 +36,19 @@ def test_rows_stay_in_order_and_work_is_bounded(read: Read, monkeypatch: pytest.
     (one,) = joined(graph_of(read), batches)
     np.testing.assert_array_equal(one[0]["x"], np.concatenate([b["x"] for b in batches]))
     assert [len(p["x"]) for p in one[1]] == [2, 3, 1, 4, 5]
+    monkeypatch.setattr(_joined, "VALUE", 0)
     monkeypatch.setattr(_joined, "WORK", 6 * 32)
     assert [len(b["x"]) for b, _ in joined(graph_of(read), batches)] == [6, 4, 5]
+
+
+def test_what_is_held_is_bounded_where_nothing_is_multiplied(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = read("""
+        graph @g (%x: f32[b, 4]) -> (y = %y) level=graph {
+          %y = relu(%x) : f32[b, 4]
+        }
+    """)
+    monkeypatch.setattr(_joined, "WORK", 8 * 4 * _joined.VALUE)
+    assert [len(b["x"]) for b, _ in joined(graph, data(3, 5, 3, 4))] == [8, 7]
 
 
 def test_what_does_not_fit_together_stays_apart(read: Read) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,11 @@ from bitwright.frontends.mlir import load_mlir, lower, to_mlir
 from tests.frontends.mlir_run import run_linalg
 
 
-def captured(name: str) -> tuple[Graph, list[Array]]:
+def _tuple(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def zoo_model(name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
     """A small model of the zoo and its inputs; BERT with four layers."""
     if name == "bert4":
         from transformers import BertConfig, BertModel
@@ -34,8 +39,13 @@ def captured(name: str) -> tuple[Graph, list[Array]]:
         )
         model = zoo.Masked(BertModel(config, add_pooling_layer=False), "last_hidden_state").eval()
         inputs: tuple[torch.Tensor, ...] = zoo.tokens("tiny", 2, 12)
-        return bw.capture(model, inputs), [x.numpy() for x in inputs]
-    module, inputs = zoo.ZOO[name]("tiny")
+        return model, inputs
+    return zoo.ZOO[name]("tiny")
+
+
+def captured(name: str) -> tuple[Graph, list[Array]]:
+    """A model of :func:`zoo_model` as a graph, and its inputs."""
+    module, inputs = zoo_model(name)
     return bw.capture(module, inputs), [x.numpy() for x in inputs]
 
 
@@ -61,6 +71,29 @@ def test_float_models_are_the_same_at_each_end(name: str) -> None:
     text, read = same_at_each_end(graph, inputs, 1e-5)
     assert set(read.weights) >= {k for k, h in graph.weights.items() if k.endswith("weight")}
     assert str(Path(__file__).parent.parent) not in text, "no path of this machine"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["resnet18", "bert4", "llama"])
+def test_from_torch_through_mlir_to_linalg(name: str) -> None:
+    """torch -> MLIR (torch-mlir's importer) -> bitwright, compiled -> MLIR -> linalg: torch's results at each end."""
+    module, inputs = zoo_model(name)
+    with torch.no_grad():
+        program = torch.export.export(module, inputs, strict=False)
+        want = [t.numpy() for t in _tuple(module(*inputs))]
+    arrays = [x.numpy() for x in inputs]
+    graph = load_mlir(program)
+    compiled = _tuple(bw.compile(graph)(*arrays))
+    text = to_mlir(graph)
+    shapes = [(a.shape, a.dtype) for a in want]
+    for found in (
+        [t.numpy() for t in evaluate(graph, arrays)],
+        compiled,
+        [t.numpy() for t in evaluate(load_mlir(text), arrays)],
+        run_linalg(lower(text), arrays, shapes),
+    ):
+        for a, b in zip(want, found, strict=True):
+            np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["digits", "resnet18"])

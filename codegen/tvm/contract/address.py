@@ -35,14 +35,17 @@ def _rows_needed(b: Builder, conv: Conv, image: Image, nest: Nest) -> tuple[Inde
     everything, (oh, ow) = conv.batch * image.height, conv.output
     if nest.blocks == 1:
         return 0, everything
-    whole = b.begin // nest.blocks != (b.end - 1) // nest.blocks
+    if nest.panels:
+        whole, begin, final = False, b.index(b.begin // nest.panels), b.index((b.end - 1) // nest.panels)
+    else:
+        whole = b.begin // nest.blocks != (b.end - 1) // nest.blocks
+        begin, final = b.begin % nest.blocks, (b.end - 1) % nest.blocks
 
     def padded_row(flat: Index) -> Index:
         return flat // (oh * ow) * image.height + flat % (oh * ow) // ow * conv.stride[0]
 
     step = nest.per_block * nest.tile
-    first = padded_row(b.begin % nest.blocks * step)
-    final = (b.end - 1) % nest.blocks
+    first = padded_row(begin * step)
     span = (conv.kernel[0] - 1) * conv.dilation[0] + 1
     flat = choose(final == nest.blocks - 1, nest.rows - 1, (final + 1) * step - 1)
     last = padded_row(b.index(minimum(flat, nest.rows - 1))) + span

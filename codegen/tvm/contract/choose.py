@@ -16,6 +16,7 @@ from bitwright.codegen.tvm.contract.engines import engine_of
 from bitwright.codegen.tvm.contract.flipped import FlippedBytes, signed_indices
 from bitwright.codegen.tvm.contract.lowbit import refusal
 from bitwright.codegen.tvm.contract.narrow import any_pair_fits, safe_steps, spill_of, terms_of
+from bitwright.codegen.tvm.contract.nest import near_blocks
 from bitwright.codegen.tvm.contract.plan import Plan, plan_of
 from bitwright.codegen.tvm.contract.spec import LANES, ContractSpec, Conv, Isa, Knobs, Matrix, image_of
 from bitwright.codegen.tvm.contract.tile import UNROLLED
@@ -199,7 +200,7 @@ def default_knobs(
         rows = min(rows, spec.geometry.rows)
         panels, most = panels * spec.geometry.batch, spec.geometry.rows // REPACK_ROWS
     most = min(most, spec.rows // REPACK_ROWS) if panel else most
-    blocks = max(1, min(ceil(TASKS / panels), most))
+    blocks = max(1, min(max(ceil(TASKS / panels), 0 if panel else near_blocks(spec)), most))
     dense = isa == "avx512-vnni" and not spec.pattern and spec.right == "constant" and vectors == 2 < needed
     prefetch = not panel and (dense or streamed is not None)
     return Knobs(isa, rows, vectors, blocks, safe, compact, prefetch, spill, bits, panel)

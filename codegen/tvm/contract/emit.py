@@ -11,7 +11,7 @@ from bitwright.codegen.tvm.contract.engine import Engine
 from bitwright.codegen.tvm.contract.engines import engine_of
 from bitwright.codegen.tvm.contract.epilogue import Epilogue
 from bitwright.codegen.tvm.contract.lowbit import scaled, unpack_panel
-from bitwright.codegen.tvm.contract.nest import Nest, nest_of
+from bitwright.codegen.tvm.contract.nest import Nest, near_blocks, nest_of
 from bitwright.codegen.tvm.contract.packing import Layout, packed_sizes
 from bitwright.codegen.tvm.contract.plan import Plan
 from bitwright.codegen.tvm.contract.spec import ContractSpec, KernelFunc, Knobs, runs_of
@@ -67,7 +67,9 @@ def emit_packed(spec: ContractSpec, knobs: Knobs, epilogue: Epilogue, name: str)
     indices = b.param("indices", made.engine.index_dtype, sizes[1]) if made.plan.sparse else None
     init = b.param("init", spec.acc_dtype, spec.cols) if spec.init else None
     pointers = {p.name: b.param(p.name, p.dtype, p.elements) for p in epilogue.params}
-    nest, panel = nest_of(spec.rows, knobs), image_bytes(spec)
+    rows_first = near_blocks(spec) and not knobs.panel
+    nest = nest_of(spec.rows, knobs, spec.groups * len(made.panels) if rows_first else 0)
+    panel = image_bytes(spec)
     scratch = panel + made.panel_bytes if knobs.panel else panel
     memory = b.scratch(scratch) if scratch else None
     x = emit_image(b, spec, nest, memory, x)
@@ -100,8 +102,7 @@ class _Emitter:
     def task(self, task: Index) -> None:
         """All tiles of one panel and one block of rows."""
         b, nest = self.writer.b, self.nest
-        panel = b.index(task // nest.blocks) if nest.blocks > 1 else task
-        block = b.index(task % nest.blocks) if nest.blocks > 1 else 0
+        panel, block = nest.place(b, task)
         panels = self.made.panels
         group = b.index(panel // len(panels)) if self.made.spec.groups > 1 else 0
         within = b.index(panel - group * len(panels)) if len(panels) > 1 else 0

@@ -12,6 +12,7 @@ def templates() -> dict[str, Template]:
     """Every GPU template by name."""
     from bitwright.codegen.tvm.cuda.attention.template import CudaAttention
     from bitwright.codegen.tvm.cuda.dynamic import CudaDynamic
+    from bitwright.codegen.tvm.cuda.elementwise import CudaElementwise
     from bitwright.codegen.tvm.cuda.generic import CudaGeneric
     from bitwright.codegen.tvm.cuda.lowbit.template import CudaLowbit
     from bitwright.codegen.tvm.cuda.mma import Mma
@@ -27,6 +28,7 @@ def templates() -> dict[str, Template]:
         CudaAttention(),
         CudaDynamic(),
         CudaRows(),
+        CudaElementwise(),
         CudaGeneric(),
     )
     return {t.name: t for t in known}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+import bitwright as bw
 from bitwright.codegen.link import find_compiler, link
 from bitwright.codegen.main_c import Variant, main_c
 from bitwright.codegen.plan import Arg, Buffer, Step, plan
@@ -107,3 +110,22 @@ def test_without_openmp_the_program_is_single_threaded(main_text: str, tmp_path:
     assert len(notes) == 1
     assert "one thread" in notes[0]
     assert not any("GOMP" in s for s in symbols(library, tmp_path)[1])
+
+
+def test_a_program_that_was_linked_before_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "graph @g (%x: f32[2, 8]) -> (y = %y) level=graph {\n  %y = relu(%x) : f32[2, 8]\n}\n"
+    (tmp_path / "g.bw-ir").write_text(text)
+    linked: list[str] = []
+
+    def counted(*args: Any, **options: Any) -> bytes:
+        linked.append(args[1])
+        return link(*args, **options)
+
+    monkeypatch.setattr("bitwright.codegen.build.link", counted)
+    x = np.linspace(-1, 1, 16, dtype=np.float32).reshape(2, 8)
+    for _ in range(2):
+        program = bw.compile(tmp_path / "g.bw-ir", cache_dir=tmp_path / "cache")
+        assert np.array_equal(program(x), np.maximum(x, 0))
+    assert len(linked) == 1
+    bw.compile(tmp_path / "g.bw-ir", target="x86-avx2", cache_dir=tmp_path / "cache")
+    assert len(linked) == 2

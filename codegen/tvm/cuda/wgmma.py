@@ -49,12 +49,12 @@ class Wgmma(Mma):
         if isinstance(found, Refused):
             return found
         root, dense = found
+        if why := _unsuited(dense):
+            return Refused(why)
         chosen = with_pattern(body, root, dense, constants, target, str(point.get("kernel", "")))
         if isinstance(chosen, Refused):
             return chosen
         p, kind = chosen
-        if why := _unsuited(p):
-            return Refused(why)
         cut, told = wgmma_spec.default(p, target.l1_bytes)
         if p.sparse and not point:
             other, plain = wgmma_spec.default(dense, target.l1_bytes)
@@ -131,6 +131,8 @@ def _unsuited(p: Product) -> str:
     """Why ``mma`` does this product better; the empty string if it does not."""
     if p.left == "columns":
         return "a computed operand that lies [k, outputs]: wgmma's tiles have k innermost"
+    if p.left == "packed" and p.batch * (p.outs + 256) * (p.bytes_of_k + wgmma_layout.STEP) >= 1 << 31:
+        return "packed weights of 2 GiB or more, too large for 32-bit indices"
     if p.outs < wgmma_layout.ROWS // 2:
         return f"{p.outs} outputs leave most of a tile of {wgmma_layout.ROWS} empty"
     return ""

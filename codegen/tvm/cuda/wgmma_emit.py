@@ -255,12 +255,13 @@ class Kernel:
         with b.when(last >= c.split - 1):
             b.call("bw_fence")
             more = b.local(acc.dtype, 4, "more")
-            for part in range(c.split):
+            for w in range(c.words):
+                b.store(acc, w, const(0, acc.dtype))
+            with b.loop(c.split, name="part") as part:
                 for w in range(0, c.words, 4):
                     b.call("bw_fresh16", b.address(more), b.address(self.at.work, base + part * size + w * GROUP))
                     for q in range(4):
-                        value = b.load(more, q)
-                        b.store(acc, w + q, value if part == 0 else b.load(acc, w + q) + value)
+                        b.store(acc, w + q, b.load(acc, w + q) + b.load(more, q))
         return last >= c.split - 1
 
     def _write(self, at: Place, acc: Pointer, group: Index, put: Put) -> None:

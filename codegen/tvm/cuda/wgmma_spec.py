@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 from bitwright.codegen.cuda.instructions.wgmma import widths
 from bitwright.codegen.tuning.space import Knob, Point, Rule, Setting
@@ -134,9 +135,13 @@ class Cut:
         end = self.outs * self.rows * (4 if self.split == 1 else 12) / 32
         steps = math.ceil(self.steps(p) / self.split)
         waves = math.ceil(self.tasks(p) / self.grid(p))
-        bytes_of_w = p.outs * p.bytes_of_k * ((1 + 1 / (4 * p.size)) / 2 if p.sparse else 1)
-        moved = p.batch * (bytes_of_w + p.rows * p.bytes_of_k + p.rows * p.outs * p.size)
-        return max(waves * (steps * max(tensor, banks, cache, 64.0) + end + _CALL), moved / _MEMORY)
+        return max(waves * (steps * max(tensor, banks, cache, 64.0) + end + _CALL), memory(p))
+
+
+def memory(p: Product) -> float:
+    """Cycles in which memory gives all operands once and takes the results."""
+    bytes_of_w = p.outs * p.bytes_of_k * ((1 + 1 / (4 * p.size)) / 2 if p.sparse else 1)
+    return p.batch * (bytes_of_w + p.rows * p.bytes_of_k + p.rows * p.outs * p.size) / _MEMORY
 
 
 def filled(cut: Cut, p: Product, shared: int) -> Cut:
@@ -165,6 +170,7 @@ def cuts(p: Product, shared: int) -> Iterator[Cut]:
                         yield cut
 
 
+@cache
 def default(p: Product, shared: int) -> tuple[Cut, str]:
     """The cut of fewest cycles, and why."""
     best = min(cuts(p, shared), key=lambda c: (c.cycles(p), c.split, c.cluster))
@@ -172,8 +178,8 @@ def default(p: Product, shared: int) -> tuple[Cut, str]:
     why = f"tiles of {best.outs} outputs by {best.rows} rows, {best.tasks(p)} on {best.grid(p)} blocks"
     why += f", weights shared by {best.cluster} blocks" if best.cluster > 1 else ""
     why += f", sums in {best.split} parts" if best.split > 1 else ""
-    share = min(ideal / best.cycles(p), 1.0)
-    return best, f"{why}; {best.stages} stages of {STEP} bytes; {share:.0%} of the tensor cores' peak by counting"
+    bound, what = (ideal, "the tensor cores' peak") if ideal > memory(p) else (memory(p), "the memory's bandwidth")
+    return best, f"{why}; {best.stages} stages of {STEP} bytes; {bound / best.cycles(p):.0%} of {what} by counting"
 
 
 def knobs() -> tuple[Knob, ...]:

@@ -24,9 +24,10 @@ from bitwright.codegen.tvm.cuda.wgmma_spec import Cut
 from bitwright.codegen.tvm.template import Refused
 from bitwright.codegen.tvm.tir import Vec
 from bitwright.ir import ops
+from bitwright.ir.build import Builder
 from bitwright.ir.errors import BitwrightError
 from bitwright.ir.interpret import evaluate, to_numpy
-from bitwright.ir.types import BF16, F32, U8
+from bitwright.ir.types import BF16, F16, F32, U8, TensorType
 from bitwright.ir.weights import Array
 from tests.codegen.cuda.emulated import launched
 from tests.codegen.kernel_batch import Case, body_of, difference
@@ -318,6 +319,18 @@ def test_large_products_are_near_the_peak_by_counting() -> None:
         assert cut.outs * cut.rows == 128 * 256
         assert cut.cluster > 1
         assert int(why.split("% of the tensor cores' peak")[0].split()[-1]) > (60 if sparse else 90)
+
+
+def test_what_is_too_large_is_refused() -> None:
+    shapes = {"x": (4, 1 << 13), "w": (1 << 17, 1 << 13)}
+    made = Builder("body", "kernel")
+    for name, shape in shapes.items():
+        made.input(name, TensorType(F16, shape))
+    made.emit(ops.Linear(), "x", "w", name="v0")
+    weight = np.broadcast_to(np.zeros(1, np.float16), shapes["w"])
+    answer = TEMPLATE.configure(made.finish(("v0",)), {"w": weight}, SM90)
+    assert isinstance(answer, Refused)
+    assert "32-bit indices" in answer.reason
 
 
 def test_few_rows_split_sums() -> None:

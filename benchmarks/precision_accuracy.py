@@ -40,6 +40,7 @@ from bitwright.ir.interpret import evaluate
 from bitwright.passes import Context, parse_passes, run_pipeline
 from bitwright.passes.pipelines import CANONICAL
 from bitwright.passes.precision._assignment import Problem, apply_choice
+from bitwright.passes.precision._checked import best_of, measure, plan_of
 from bitwright.passes.precision.assign_precision import AssignPrecision
 
 Array = np.ndarray[Any, Any]
@@ -106,15 +107,15 @@ def mixed(rows: Rows, state: tuple[Graph, Context], choices: str, name: str, aft
     """Assignments at every budget from one measurement, then ``after``."""
     graph, context = state
     p = AssignPrecision(choices=choices, front=0)
-    problem = Problem.of(graph, context, p)
+    problem, lost = Problem.of(graph, context, p), measure(graph, context, p)
     for budget in BUDGETS:
         mine = Context(context.target, context.calibration, facts=dict(context.facts))
         try:
-            plan = replace(problem, budget=budget).solve()
+            plan = best_of(replace(problem, budget=budget), lost).plan
         except InvalidInput as e:
             print(f"  {name} at {budget:.0%}: {e}")
             continue
-        chosen = {x: str(problem.choices[c]) for x, c in zip(problem.layers, plan.choice, strict=True)}
+        chosen = plan_of(problem, plan)
         made = apply_choice(graph, mine, p, chosen)
         rows.add(f"{name} at {budget:.0%} of the float size{', ' + after if after else ''}", *then((made, mine), after))
 

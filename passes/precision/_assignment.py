@@ -56,8 +56,6 @@ class Problem:
         """Measure everything; raises :class:`InvalidInput` for a budget or a choice that makes no sense."""
         kind, share, unit = parse_budget(p.budget)
         choices = choices_of(p.choices, context.target)
-        if p.sensitivity == "curvature" and any(c.activation < 8 for c in choices):
-            raise InvalidInput("assign-precision: curvature tells nothing of activations: measure choices such as s4a4")
         nodes = layers_of(graph, context, p)
         layers = tuple(nodes)
         fits = _fitting(graph, context, p, choices)

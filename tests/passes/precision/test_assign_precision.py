@@ -17,7 +17,7 @@ from bitwright.passes import Context, Pipeline, parse_passes
 from bitwright.passes.precision import _sensitivity
 from bitwright.passes.precision._assignment import Problem, apply_choice, parse_budget
 from bitwright.passes.precision._choices import Choice, Rounding, choices_of
-from bitwright.passes.precision._sensitivity import curvature, divergence, relative_error
+from bitwright.passes.precision._sensitivity import activation_losses, curvature, divergence, relative_error
 from bitwright.passes.precision.assign_precision import AssignPrecision
 from bitwright.passes.precision.observe_ranges import ObserveRanges
 
@@ -215,3 +215,30 @@ def test_impossible_budgets_name_the_smallest(read: Read) -> None:
         AssignPrecision().run(graph, Context(facts=c.facts))
     with pytest.raises(InvalidInput, match="needs ranges"):
         Pipeline(parse_passes("assign-precision"), "graph")
+
+
+def test_curvature_tells_of_activations_as_measuring_does(read: Read) -> None:
+    """Of linear layers the estimate is exact but for its random signs; relu and sums of several layers stay near."""
+    graph, c = observed(read)
+    found = {}
+    for kind in ("measured", "curvature"):
+        p = AssignPrecision(choices="s8|s8a4|s8a3|s8a2", sensitivity=kind)
+        found[kind] = np.array(Problem.of(graph, c, p).losses)
+    assert (np.diff(found["curvature"], axis=1) > 0).all()
+    ratio = found["curvature"][:, 1:] / found["measured"][:, 1:]
+    assert 0.2 < ratio.min() < ratio.max() < 5
+
+
+def test_rounding_of_an_activation_through_a_layer_is_estimated(read: Read) -> None:
+    graph = read("""
+        graph @g (%x: f32[8, 16]) -> (y = %y) level=graph {
+          %w = weight {ref="fc.weight"} : f32[12, 16]
+          %y = linear(%x, %w) : f32[8, 12]
+        }
+    """)
+    x = np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)
+    scale = 8 / 15
+    rounded = ((np.rint(x / scale) + 8).clip(0, 15) - 8) * scale
+    exact = relative_error(evaluate(graph, [rounded.astype(np.float32)]), evaluate(graph, [x]))
+    found = [activation_losses(graph, [(x,)], {("x", 4): (-4.0, 4.0)}, seed)["x", 4] for seed in range(60)]
+    assert np.mean(found) == pytest.approx(exact, rel=0.2)

@@ -102,6 +102,10 @@ class Tile:
         f, stages = self.fragments, self.stages * self.stage_bytes(p)
         return max(stages, f.nbytes(f.passes(stages))) + 16
 
+    def resident(self, p: Product, shared: int) -> int:
+        """Blocks on a multiprocessor at once, 1 or 2, as shared memory and the registers of such tiles allow."""
+        return 2 if 2 * self.shared_bytes(p) <= shared - 2048 and self.threads <= 128 else 1
+
     def grid(self, p: Product) -> tuple[int, int, int]:
         """Tiles, parts of a sum, batches."""
         return math.ceil(p.outs / self.outs) * math.ceil(p.rows / self.rows), self.split, p.batch
@@ -122,45 +126,67 @@ class Tile:
         return ""
 
 
+_CUTS: tuple[tuple[int, int, tuple[int, int]], ...] = (
+    (128, 128, (2, 2)), (256, 128, (4, 2)), (128, 64, (2, 2)), (64, 128, (1, 4)), (256, 64, (4, 1)), (64, 64, (1, 4)),
+    (256, 32, (4, 1)), (64, 32, (1, 4)), (256, 16, (4, 1)), (128, 16, (2, 1)), (256, 8, (4, 1)), (64, 8, (1, 1)),
+    (32, 128, (1, 4)), (16, 128, (1, 4)),
+)  # fmt: skip
+"""Outputs, rows and warps that the default is chosen from; of equals the first."""
+_PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+_START, _FETCH, _SHARED = 1500, 40, 128
+"""Cycles until a block's first product and behind its last; bytes a cycle that a multiprocessor gets from the second
+cache, and from shared memory (NVIDIA, "A100 tensor core GPU architecture", 2020: 5120 bytes a cycle of the device)."""
+
+
+def cycles(t: Tile, p: Product, shared: int) -> tuple[float, str]:
+    """About how long a block computes, alone on its multiprocessor, and what bounds it.
+
+    A product of 16 by 8 takes a quarter of a multiprocessor eight cycles (A100: 1024 fused multiply-adds of f16 a
+    cycle); fragments are read and stages written through shared memory; stages come from the second cache. Begin and
+    end hide behind the other block where two fit.
+    """
+    f, warps = t.fragments, t.warps[0] * t.warps[1]
+    products = f.m * f.n * warps * (t.depth // t.step(p)) * 2
+    read = t.left_bytes(p) * t.warps[1] + t.meta_bytes(p) * t.warps[1] + t.rows * t.depth * t.warps[0]
+    bounds = {
+        "tensor cores": float(products),
+        "shared memory": (read + t.stage_bytes(p)) / _SHARED,
+        "copies": t.stage_bytes(p) / _FETCH,
+    }
+    worst = max(bounds, key=lambda k: bounds[k])
+    sums = t.outs * t.rows * 4
+    ends = _START + 2 * sums / _SHARED + (_START + 2 * sums / _FETCH * (1 + 1 / t.split) if t.split > 1 else 0)
+    return math.ceil(t.turns(p) / t.split) * bounds[worst] + ends / t.resident(p, shared), worst
+
+
 def default(p: Product, processors: int, shared: int) -> tuple[Tile, str]:
-    """The tile of a product for a device of so many multiprocessors, and why."""
-    depth = 128 if p.sparse else 64
-    made = Tile(*_outs_and_rows(p, processors), depth=depth)
-    while made.stages > 2 and made.stages > made.turns(p) + 1:
-        made = replace(made, stages=made.stages - 1)
-    if made.shared_bytes(p) * 2 <= shared - 2048 and made.turns(p) > 8:
-        made = replace(made, stages=4) if replace(made, stages=4).shared_bytes(p) * 2 <= shared else made
+    """The tile of a product for a device of so many multiprocessors that is done first, and why."""
+    best: tuple[float, Tile, str] | None = None
+    for outs, rows, warps in _CUTS:
+        for parts in _PARTS:
+            t = Tile(outs, rows, warps, depth=128 if p.sparse else 64, split=parts)
+            if t.fault(p, shared) or parts > 1 >= 2 * processors // math.prod(replace(t, split=1).grid(p)):
+                continue
+            each, bound = cycles(t, p, shared)
+            time = math.ceil(math.prod(t.grid(p)) / processors) * each
+            if best is None or time < best[0]:
+                best = time, t, bound
+    assert best is not None
+    made = _stages(best[1], p, shared)
     blocks = math.prod(made.grid(p))
-    why = f"tiles of {made.outs} outputs by {made.rows} rows, {blocks} blocks"
-    if blocks * 2 <= processors:
-        made = replace(made, split=_split(made, p, processors, blocks))
-        if made.split > 1:
-            why += f", sums in {made.split} parts to occupy {processors} multiprocessors"
-    assert not (fault := made.fault(p, shared)), (fault, made, p)
+    why = f"tiles of {made.outs} outputs by {made.rows} rows, {blocks} blocks bound by {best[2]}"
+    if made.split > 1:
+        why += f", sums in {made.split} parts to occupy {processors} multiprocessors"
     return made, f"{why}; {made.stages} stages of {made.depth} bytes"
 
 
-def _split(t: Tile, p: Product, processors: int, blocks: int) -> int:
-    """Parts of a sum so that blocks occupy the device and each has four stages at least."""
-    turns = t.turns(p)
-    wanted = min(processors // blocks, max(turns // 4, 1), 32)
-    return math.ceil(turns / math.ceil(turns / wanted))
-
-
-def _outs_and_rows(p: Product, processors: int) -> tuple[int, int, tuple[int, int]]:
-    """Largest first; smaller where the larger does not occupy the device, or would be half empty."""
-    if p.rows <= 8:
-        return (256, 8, (4, 1)) if p.outs > 64 else (64, 8, (1, 1) if p.sparse else (2, 1))
-    if p.rows <= 16:
-        return (256, 16, (4, 1)) if p.outs > 64 else (64, 16, (1, 1) if p.sparse else (4, 1))
-    if p.outs <= 32 and not p.sparse:
-        return (16, 128, (1, 4)) if p.outs <= 16 else (32, 128, (1, 4))
-    for outs, rows, warps in ((128, 128, (2, 2)), (64, 128, (1, 4)), (128, 64, (2, 2)), (64, 64, (1, 4))):
-        empty = p.outs <= outs // 2 or p.rows <= rows // 2
-        blocks = math.ceil(p.outs / outs) * math.ceil(p.rows / rows) * p.batch
-        if not empty and blocks >= processors:
-            return outs, rows, warps
-    return (64, 32, (1, 4)) if p.rows <= 32 else (64, 64, (1, 4))
+def _stages(t: Tile, p: Product, shared: int) -> Tile:
+    """Four stages where two blocks of them fit a multiprocessor, no more than there are, two at least."""
+    wide = replace(t, stages=4)
+    t = wide if 2 * wide.shared_bytes(p) <= shared - 2048 and not wide.fault(p, shared) else t
+    while t.stages > 2 and t.stages > t.turns(p) + 1:
+        t = replace(t, stages=t.stages - 1)
+    return t
 
 
 def knobs() -> tuple[Knob, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -145,6 +146,27 @@ def machine_code(template: Mma, p: Product, target: str) -> tuple[MmaConfig, Com
     assert used.registers * config.threads <= 65536
     assert launch_of(function)[4] <= GPUS[target].l1_bytes
     return config, made, sass(made.cubin)
+
+
+def main_loop(text: str, word: str) -> list[str]:
+    """The instructions of the loop that holds most of ``word``: from a label to a branch back to it, and blocks that
+    it jumps to and that jump back."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif re.search(r"/\*[0-9a-f]{4,5}\*/ ", line):
+            code.append(line)
+    jumps = [(k, labels[m[1]]) for k, line in enumerate(code) if (m := re.search(r"BRA.*`\((\.L_x_\d+)\)", line))]
+    loops = [(at, k) for k, at in jumps if at <= k]
+    first, last = max(loops, key=lambda loop: sum(word in line for line in code[loop[0] : loop[1] + 1]))
+    found = code[first : last + 1]
+    for k, at in jumps:
+        if first <= k <= last and not first <= at <= last:
+            ends = [j for j, back in jumps if j >= at and first <= back <= last and not first <= j <= last]
+            found += code[at : min(ends, default=at - 1) + 1]
+    return found
 
 
 def shaped(kind: str, rows: int, outs: int, k: int, sparse: bool = False) -> Product:

@@ -18,6 +18,7 @@ def templates() -> dict[str, Template]:
     from bitwright.codegen.tvm.cuda.mma import Mma
     from bitwright.codegen.tvm.cuda.rows import CudaRows
     from bitwright.codegen.tvm.cuda.simt import Simt
+    from bitwright.codegen.tvm.cuda.transpose import CudaTranspose
     from bitwright.codegen.tvm.cuda.wgmma import Wgmma
 
     known: tuple[Template, ...] = (
@@ -28,6 +29,7 @@ def templates() -> dict[str, Template]:
         CudaAttention(),
         CudaDynamic(),
         CudaRows(),
+        CudaTranspose(),
         CudaElementwise(),
         CudaGeneric(),
     )

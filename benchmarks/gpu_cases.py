@@ -120,7 +120,7 @@ def attention(kind: str, batch: int, heads: int, length: int, depth: int, causal
     shape = f"{kind}[{batch}, {heads}, {length}, {depth}]"
     text = f"""
 graph @attention (%q: {shape}, %k: {shape}, %v: {shape}) -> (y = %y) level=graph {{
-  %y = attention(%q, %k, %v) {{scale={depth**-0.5!r}{" causal=True" if causal else ""}}} : {shape}
+  %y = attention(%q, %k, %v) {{scale={depth**-0.5!r}{" causal=true" if causal else ""}}} : {shape}
 }}
 """
     return Case(

@@ -93,7 +93,7 @@ def test_the_command_line_compiles_shows_and_emulates(tmp_path: Path) -> None:
 def test_a_gpu_says_what_it_declares() -> None:
     rows = dict(gpu_rows(resolve("cuda-sm90")))
     assert rows["s8 x s8 to s32"] == "1,979 Top/s"
-    assert "f16: 2:4 x2" in rows["sparse patterns, gain over dense"]
+    assert "f16: 2:4 x1.5" in rows["sparse patterns, gain over dense"]
     done = CliRunner().invoke(app, ["targets", "show", "cuda-sm90"])
     assert done.exit_code == 0
     assert "sm_90a" in done.stdout

@@ -1,8 +1,8 @@
 """NVIDIA GPUs: the whole device counts as one core; kernels are compiled here and launched where a driver is.
 
 Peaks: NVIDIA's data sheets of A100 80 GB SXM (2020) and H200 SXM (2024). ``mcpu`` is the architecture of the machine
-code; ``vector_registers`` of a thread; ``l1_bytes`` is the shared memory one block may have; gains of 2:4 are the
-ideal 2 until a device was measured.
+code; ``vector_registers`` of a thread; ``l1_bytes`` is the shared memory one block may have. Gains of 2:4: the ideal 2
+on sm_80; on sm_90 what counting shared memory and L2 leaves of it (docs/gpu.md), until a device was measured.
 """
 
 from __future__ import annotations
@@ -57,5 +57,6 @@ SM90 = replace(
         Rate(F16, F16, F32, 989e12), Rate(BF16, BF16, F32, 989e12),
         Rate(F32, F32, F32, 67e12),
     ),
-    source="data sheet of H200 SXM; no device was measured",
+    sparse=tuple(replace(s, gain=1.5) for s in SM80.sparse),
+    source="data sheet of H200 SXM, 2:4 by counting (docs/gpu.md); no device was measured",
 )  # fmt: skip

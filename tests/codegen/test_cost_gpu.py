@@ -40,7 +40,7 @@ def test_small_layers_take_a_launch_whatever_their_format() -> None:
 
 
 def test_2_4_halves_what_products_take_and_less_of_what_memory_takes() -> None:
-    for size, low, high in ((8192, 1.8, 2.0), (1, 1.3, 1.9)):
+    for size, low, high in ((8192, 1.4, 1.5), (1, 1.3, 1.9)):
         dense, sparse = (cost_of(linear(size, 8192, 8192, "f16", e), SM90) for e in ("", " nm<2:4, axis=1>"))
         assert low < dense.seconds / sparse.seconds < high
         assert cost_of(linear(size, 8192, 8192, "f16", " nm<2:4, axis=1>"), SM90, sparse=False).seconds > sparse.seconds
@@ -48,7 +48,10 @@ def test_2_4_halves_what_products_take_and_less_of_what_memory_takes() -> None:
 
 def test_sparse_tensor_cores_take_what_obeys_2_4_and_nothing_else() -> None:
     assert (
-        SM90.sparse_gain(S8, NM(2, 4, 1)) == SM90.sparse_gain(S8, NM(1, 4, 1)) == SM90.sparse_gain(S8, NM(2, 8, 1)) == 2
+        SM90.sparse_gain(S8, NM(2, 4, 1))
+        == SM90.sparse_gain(S8, NM(1, 4, 1))
+        == SM90.sparse_gain(S8, NM(2, 8, 1))
+        == 1.5
     )
     assert SM90.sparse_gain(S8, NM(4, 8, 1)) == SM90.sparse_gain(S8, NM(2, 4, 1, block=4)) == 0
     w = TensorType(S8, (64, 64))
@@ -64,7 +67,7 @@ def test_advice_says_where_2_4_pays() -> None:
     )
     (large,) = advise(parse(text.format(m=4096, n=4096, k=4096)), SM90)
     (small,) = advise(parse(text.format(m=16, n=64, k=64)), SM90)
-    assert large.gains["2:4"] > 1.5 * large.gains["int8"]
-    assert large.gains["2:4 bf16"] > 1.5 * large.gains["bf16"]
+    assert large.gains["2:4"] > 1.3 * large.gains["int8"]
+    assert large.gains["2:4 bf16"] > 1.3 * large.gains["bf16"]
     assert "2:4 4x4" not in large.gains
     assert small.best == "" or small.gains["2:4"] < 1.1 * small.gains["int8"]

@@ -79,8 +79,15 @@ class Mma(Template):
         if isinstance(chosen, Refused):
             return chosen
         p, kind = chosen
-        shared = target.l1_bytes
-        tile, why = mma_spec.default(p, PROCESSORS.get(target.mcpu, 108), shared)
+        shared, processors = target.l1_bytes, PROCESSORS.get(target.mcpu, 108)
+        tile, why = mma_spec.default(p, processors, shared)
+        if p.sparse and not point:
+            other, plain = mma_spec.default(dense, processors, shared)
+            times = (mma_spec.duration(t, q, processors, shared) for t, q in ((other, dense), (tile, p)))
+            gain = next(times) / next(times)
+            kind = f"2:4 weights, {gain:.2g}x over dense by counting"
+            if gain < PAYS:
+                p, tile, why, kind = dense, other, plain, "2:4 weights run dense: no gain by counting"
         if point:
             tile, why = mma_spec.tile_of(point), "as tuned"
             if fault := tile.fault(p, shared):

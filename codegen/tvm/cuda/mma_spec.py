@@ -159,22 +159,26 @@ def cycles(t: Tile, p: Product, shared: int) -> tuple[float, str]:
     return math.ceil(t.turns(p) / t.split) * bounds[worst] + ends / t.resident(p, shared), worst
 
 
+def duration(t: Tile, p: Product, processors: int, shared: int) -> float:
+    """Cycles until the last block is done."""
+    return math.ceil(math.prod(t.grid(p)) / processors) * cycles(t, p, shared)[0]
+
+
 def default(p: Product, processors: int, shared: int) -> tuple[Tile, str]:
     """The tile of a product for a device of so many multiprocessors that is done first, and why."""
-    best: tuple[float, Tile, str] | None = None
+    best: tuple[float, Tile] | None = None
     for outs, rows, warps in _CUTS:
         for parts in _PARTS:
             t = Tile(outs, rows, warps, depth=128 if p.sparse else 64, split=parts)
             if t.fault(p, shared) or parts > 1 >= 2 * processors // math.prod(replace(t, split=1).grid(p)):
                 continue
-            each, bound = cycles(t, p, shared)
-            time = math.ceil(math.prod(t.grid(p)) / processors) * each
+            time = duration(t, p, processors, shared)
             if best is None or time < best[0]:
-                best = time, t, bound
+                best = time, t
     assert best is not None
     made = _stages(best[1], p, shared)
-    blocks = math.prod(made.grid(p))
-    why = f"tiles of {made.outs} outputs by {made.rows} rows, {blocks} blocks bound by {best[2]}"
+    blocks, bound = math.prod(made.grid(p)), cycles(best[1], p, shared)[1]
+    why = f"tiles of {made.outs} outputs by {made.rows} rows, {blocks} blocks bound by {bound}"
     if made.split > 1:
         why += f", sums in {made.split} parts to occupy {processors} multiprocessors"
     return made, f"{why}; {made.stages} stages of {made.depth} bytes"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -14,9 +14,11 @@ from bitwright.codegen.cuda.machine_code import Compiled, compile_cuda, sass
 from bitwright.codegen.targets import GPUS
 from bitwright.codegen.tuning.space import Point
 from bitwright.codegen.tvm.cuda.builder import launch_of
-from bitwright.codegen.tvm.cuda.mma import Mma, MmaConfig
+from bitwright.codegen.tvm.cuda.mma import PROCESSORS, Mma, MmaConfig
+from bitwright.codegen.tvm.cuda.mma_spec import default, point_of
+from bitwright.codegen.tvm.cuda.products import product_of
 from bitwright.codegen.tvm.cuda.source import cuda_source
-from bitwright.codegen.tvm.template import Template
+from bitwright.codegen.tvm.template import Refused, Template
 from bitwright.ir import ops
 from bitwright.ir.interpret import evaluate, to_numpy
 from bitwright.ir.ops import Op
@@ -30,11 +32,13 @@ INTEGERS = {"s8": np.int8, "u8": np.uint8}
 
 @dataclass(frozen=True)
 class Product:
-    """A case with the inputs that are constants, and the point of the space at which its kernel is made (or none)."""
+    """A case with the inputs that are constants, and the point of the space at which its kernel is made (or none);
+    ``sparse``: the 2:4 kernel is meant, whether or not it is faster."""
 
     case: Case
     weights: tuple[str, ...] = ("w",)
     point: Point | None = None
+    sparse: bool = False
 
     @property
     def constants(self) -> dict[str, Array]:
@@ -67,7 +71,7 @@ def linear(
     operands = ("x", "w", "bias") if "bias" in inputs and kind in FLOATS else ("x", "w")
     label = f"{kind} {rows}x{outs}x{k}{' 2:4' if sparse else ''} {dict(point or {})}"
     constants = tuple(n for n in inputs if n not in ("x", "residual"))
-    return Product(_case(label, [(op, operands), *after], inputs, k), constants, point)
+    return Product(_case(label, [(op, operands), *after], inputs, k), constants, point, sparse)
 
 
 def conv(
@@ -82,7 +86,8 @@ def conv(
         op = ops.IntConv(stride, padding, dilation, groups, True, zero)
     last = draw(rng, (w[0], int(np.prod(w[1:]))), _weight(kind), sparse).reshape(w[0], *w[2:], w[1])
     inputs = {"x": draw(rng, x, kind), "w": np.ascontiguousarray(np.moveaxis(last, -1, 1))}
-    return Product(_case(f"{kind} conv {x} {w} {op}", [(op, ("x", "w"))], inputs, int(np.prod(w[1:]))))
+    case = _case(f"{kind} conv {x} {w} {op}", [(op, ("x", "w"))], inputs, int(np.prod(w[1:])))
+    return Product(case, sparse=sparse)
 
 
 def matmul(
@@ -111,9 +116,19 @@ def _case(label: str, chain: list[tuple[Op, tuple[str, ...]]], inputs: dict[str,
 
 def configured(template: Mma, p: Product, target: str) -> MmaConfig:
     """The configuration of a case that the template must take; its packed weights unpack again."""
-    config = template.at(p.case.body, p.constants, GPUS[target], p.point or {})
+    config = template.at(p.case.body, p.constants, GPUS[target], p.point or _sparse_point(p, target))
     assert isinstance(config, MmaConfig), (p.case.label, config)
+    assert config.product.sparse or not p.sparse
     return config
+
+
+def _sparse_point(p: Product, target: str) -> Point:
+    """The point of the 2:4 kernel if that is meant."""
+    found = product_of(p.case.body, p.constants)
+    if not p.sparse or isinstance(found, Refused):
+        return {}
+    product = replace(found[1], sparse=True)
+    return point_of(default(product, PROCESSORS[GPUS[target].mcpu], GPUS[target].l1_bytes)[0], product)
 
 
 def check(
@@ -176,7 +191,7 @@ def shaped(kind: str, rows: int, outs: int, k: int, sparse: bool = False) -> Pro
     weight[:, :: 4 if sparse else 1] = 1
     op: Op = ops.Linear() if kind in FLOATS else ops.IntLinear()
     case = _case(f"{kind} {rows}x{outs}x{k}", [(op, ("x", "w"))], {"x": np.zeros((rows, k), dtype), "w": weight}, k)
-    return Product(case)
+    return Product(case, sparse=sparse)
 
 
 def refused(template: Template, p: Product, target: str = "cuda-sm80") -> str:

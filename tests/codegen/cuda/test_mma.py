@@ -12,7 +12,7 @@ from bitwright.codegen.tuning.space import Point
 from bitwright.codegen.tvm.cuda.mma import Mma
 from bitwright.codegen.tvm.cuda.mma_spec import Tile, default
 from bitwright.codegen.tvm.cuda.products import product_of
-from bitwright.codegen.tvm.template import Refused
+from bitwright.codegen.tvm.template import Config, Refused
 from bitwright.ir import ops
 from bitwright.ir.build import Builder
 from bitwright.ir.graph import Graph
@@ -253,17 +253,27 @@ def with_sums(p: Product) -> Product:
     return replace(p, case=replace(p.case, body=body_of((ops.IntLinear(acc=S64), ("x", "w")), inputs={"x": x, "w": w})))
 
 
+def taken(p: Product) -> Config:
+    """The template's own choice."""
+    config = T.configure(p.case.body, p.constants, GPUS["cuda-sm80"])
+    assert isinstance(config, Config)
+    return config
+
+
 def test_the_pattern_is_taken_from_values_and_can_be_asked_for() -> None:
     rng = np.random.default_rng(11)
     dense, sparse = linear(rng, "f16", 64, 128, 64), linear(rng, "f16", 64, 128, 64, sparse=True)
     assert not configured(T, dense, "cuda-sm80").product.sparse
-    assert "2:4 weights, expected 2x" in configured(T, sparse, "cuda-sm80").reason
-    few = configured(T, linear(rng, "f16", 64, 16, 64, sparse=True), "cuda-sm80")
+    large = taken(shaped("f16", 4096, 4096, 4096, True)).reason
+    assert "2:4 weights, 1.9x over dense by counting, tiles of 256 outputs by 128 rows" in large
+    assert "bound by shared memory" in large
+    few = taken(linear(rng, "f16", 64, 16, 64, sparse=True))
     assert "too few outputs" in few.reason
     assert "64 bytes" in few.reason
     space = T.space(sparse.case.body, sparse.constants, GPUS["cuda-sm80"])
     asked = {**space.default, "kernel": "dense"}
-    assert not configured(T, replace(sparse, point=asked), "cuda-sm80").product.sparse
+    assert not configured(T, replace(sparse, point=asked, sparse=False), "cuda-sm80").product.sparse
+    assert "run dense: no gain" in taken(linear(rng, "s8", 40, 65, 64, sparse=True)).reason
     answer = T.at(dense.case.body, dense.constants, GPUS["cuda-sm80"], {**space.default, "kernel": "2:4"})
     assert isinstance(answer, Refused)
     assert "do not obey 2:4" in answer.reason

@@ -176,19 +176,18 @@ LLAMA = ((4096, 4096), (14336, 4096), (4096, 14336))
 
 def timed() -> Iterator[Case]:
     """What is timed: squares, Llama's layers, layers of few rows, attention, rows, ResNet's convolutions."""
-    for kind in ("f16", "bf16", "s8"):
-        for sparse in (False, True):
+    for sparse in (False, True):
+        for kind in ("f16", "s8"):
             yield from (linear(kind, n, n, n, sparse) for n in (4096, 8192))
             yield from (linear(kind, 2048, n, k, sparse) for n, k in LLAMA)
-    for bits in (4, 3, 2):
-        for sparse in (False, True) if bits == 4 else (False,):
-            yield from (low(bits, r, n, k, sparse) for r in (1, 8, 16) for n, k in LLAMA[:2])
+        yield linear("bf16", 4096, 4096, 4096, sparse)
+        yield from (low(4, r, n, k, sparse) for r in (1, 16) for n, k in LLAMA[:2])
     yield low(4, 512, *LLAMA[0], False)
-    for kind in ("f16", "bf16"):
-        yield attention(kind, 8, 12, 512, 64, False)
-        yield attention(kind, 1, 32, 2048, 128, True)
-        yield rows("softmax(%x) {axis=1}", kind, 8192, 4096)
-        yield rows("rms_norm(%x)", kind, 8192, 4096)
+    yield from (low(bits, 1, *LLAMA[1], False) for bits in (3, 2))
+    yield attention("bf16", 8, 12, 512, 64, False)
+    yield attention("bf16", 1, 32, 2048, 128, True)
+    yield rows("softmax(%x) {axis=1}", "f16", 8192, 4096)
+    yield rows("rms_norm(%x)", "f16", 8192, 4096)
     yield conv("f16", 56, 64, 64, 3, 1)
     yield conv("f16", 14, 256, 256, 3, 1)
 

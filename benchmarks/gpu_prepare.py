@@ -24,10 +24,9 @@ from bitwright.ir.weights import Weights
 from bitwright.pipeline import lower
 
 Array = np.ndarray[Any, Any]
-TARGETS = ("cuda-sm90", "cuda-sm80")
 
 
-def prepare(path: Path, targets: Sequence[str] = TARGETS, only: str = "") -> None:
+def prepare(path: Path, targets: Sequence[str], only: str = "") -> None:
     """Compile all cases (those whose name contains ``only``) for all targets; prints a line for each."""
     cases = [c for c in (*gpu_cases.checked(), *gpu_cases.timed()) if only in c.name]
     listed: dict[str, list[dict[str, Any]]] = {}

@@ -111,7 +111,8 @@ def _warnings(log: str) -> tuple[str, ...]:
     >>> _warnings("ptxas info    : Used 8 registers\nptxas info    : (C7510) Potential Performance Loss: wgmma ..")
     ('ptxas info    : (C7510) Potential Performance Loss: wgmma ..',)
     """
-    return tuple(x for x in log.splitlines() if "warning" in x or re.search(r"\(C\d+\)|Performance Loss", x))
+    told = re.compile(r"ptxas.*(warning|\(C\d+\)|Performance Loss)")
+    return tuple(x for x in log.splitlines() if told.search(x))
 
 
 def sass(cubin: bytes) -> str:

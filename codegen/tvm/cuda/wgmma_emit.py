@@ -271,21 +271,24 @@ class Kernel:
         mine = b.index(mod(b.thread, GROUP))
         own = b.index(group * (c.part * PITCH))
         line = b.index(own + mod(b.lane, 4) * (2 * PITCH) + div(mine, 32) * 16 + div(b.lane, 4))
-        for i in range(c.each):
-            out = b.index(at.tile * c.outs + (group * c.each + i) * ROWS)
-            for start in range(0, c.rows, c.part):
-                b.call("bw_barrier", group + 1, GROUP)
-                for q in range(c.part // 2):
-                    value = b.load(acc, (i * c.rows + start) // 2 + q)
-                    b.store(words, line + (q // 4 * 8 + q % 2) * PITCH + q // 2 % 2 * 8, value)
-                b.call("bw_barrier", group + 1, GROUP)
-                with b.loop(c.part // 8) as turn:
-                    row = b.index(turn * 8 + div(mine, 16))
-                    column = b.index(mod(mine, 16) * 4)
-                    y, x = b.index(at.row + (row + start)), b.index(out + column)
-                    with b.when(tirx.all(y < p.rows, x < p.outs)):
-                        four = b.let(b.load(words, own + row * PITCH + column, 4))
-                        put(at.batch, y, x, [b.let(four.part(k, 1)) for k in range(4)])
+        parts = c.rows // c.part
+        with b.loop(c.each * parts, name="slice") as turn:
+            b.call("bw_barrier", group + 1, GROUP)
+            for i in range(c.each * parts):  # registers have no index: one copy of what follows, a branch to each slice
+                with b.when(turn < i + 1), b.when(turn >= i):
+                    for q in range(c.part // 2):
+                        value = b.load(acc, i * (c.part // 2) + q)
+                        b.store(words, line + (q // 4 * 8 + q % 2) * PITCH + q // 2 % 2 * 8, value)
+            b.call("bw_barrier", group + 1, GROUP)
+            out = b.index(at.tile * c.outs + (group * c.each + div(turn, parts)) * ROWS)
+            first = b.index(at.row + mod(turn, parts) * c.part)
+            with b.loop(c.part // 8, name="eight") as eight:
+                row = b.index(eight * 8 + div(mine, 16))
+                column = b.index(mod(mine, 16) * 4)
+                y, x = b.index(first + row), b.index(out + column)
+                with b.when(tirx.all(y < p.rows, x < p.outs)):
+                    four = b.let(b.load(words, own + row * PITCH + column, 4))
+                    put(at.batch, y, x, [b.let(four.part(k, 1)) for k in range(4)])
 
     # ---- small
     def _together(self) -> None:

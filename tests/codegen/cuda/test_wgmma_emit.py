@@ -126,6 +126,19 @@ def int_linear(
     return Case(f"int {rows}x{depth}x{outs} {x} zero {zero} {'2:4' if sparse else ''}", body, inputs)
 
 
+def requantized(rows: int, depth: int, outs: int, rng: np.random.Generator, sparse: bool = False) -> Case:
+    """Per output to u8."""
+    w = numbers("int8", (outs, depth), rng)
+    inputs = {
+        "x": numbers("uint8", (rows, depth), rng), "w": pruned(w, rng) if sparse else w,
+        "multiplier": rng.integers(1 << 30, 1 << 31, outs).astype(np.int32),
+        "shift": rng.integers(38, 44, outs).astype(np.int32),
+    }  # fmt: skip
+    requantize = ops.Requantize(dtype=U8, zero=3, axis=1)
+    chain = ((ops.IntLinear(x_zero=9), ("x", "w")), (requantize, ("v0", "multiplier", "shift")))
+    return Case(f"requantized {rows}x{depth}x{outs}", body_of(*chain, inputs=inputs), inputs)
+
+
 def linear(
     rows: int, depth: int, outs: int, rng: np.random.Generator, dtype: str = "float16", sparse: bool = False
 ) -> Case:
@@ -158,6 +171,8 @@ def test_integers_are_exact_for_any_shape() -> None:
     k.add(int_linear(70, 320, 200, rng, sparse=True))
     k.add(int_linear(9, 21, 64, rng, x="int8", zero=0, sparse=True))  # rows of odd length: no asynchronous copies
     k.add(int_linear(17, 36, 100, rng))  # copies of four bytes
+    k.add(requantized(20, 64, 96, rng))
+    k.add(requantized(20, 64, 99, rng, sparse=True))
     k.run()
 
 
@@ -274,6 +289,8 @@ def test_machine_code(kind: str, sparse: bool) -> None:
     k.add(case, Cut(128, 256, 2, 4, 2))
     k.add(case, Cut(256, 128, 2, 4, 2, cluster=2))
     k.add(conv(rng, 64, kind, sparse), Cut(128, 256, 2, 4, 2))
+    if kind == "uint8":
+        k.add(requantized(512, 512, 256, rng, sparse), Cut(128, 256, 2, 4, 2))
     k.add(case, Cut(64, 64, 1, 4, 2, split=2))
     shown = sass(k.compiled().cubin)
     word = ("IGMMA" if kind == "uint8" else "HGMMA") + (".SP" if sparse else "")

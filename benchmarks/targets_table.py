@@ -80,7 +80,7 @@ def distance(got: tuple[Array, ...], want: tuple[Array, ...]) -> float:
         return 0.0
     top = sum(float(np.square(a.astype(np.float64) - b).sum()) for a, b in zip(got, want, strict=True))
     size = sum(float(np.square(b.astype(np.float64)).sum()) for b in want)
-    return max(float(np.sqrt(top / size)), 1e-12)
+    return max(float(np.sqrt(top / (size or 1.0))), 1e-12)
 
 
 def outputs(name: str, recipe: str, target: str) -> tuple[Array, ...]:

@@ -6,8 +6,9 @@
 
 With ``src`` on PYTHONPATH. First programs of odd sizes are compared with outputs of the reference that were stored when
 they were prepared: integers bit for bit, floats within a stated bound. Then the device's peaks are measured, and every
-large program is timed as a recorded graph by the device's events, in rounds that alternate with its peer in the same
-process (cuBLAS, cuSPARSELt, scaled_dot_product_attention, torch's int4 product): medians. ``--results FILE`` keeps the
+large program is timed by the device's events as a graph of many calls, over copies of its weights that no cache holds,
+in rounds that alternate with its peer in the same process (cuBLAS, cuSPARSELt, scaled_dot_product_attention, torch's
+int4 product): medians. ``--results FILE`` keeps the
 table's numbers as JSON.
 """
 
@@ -31,7 +32,7 @@ import numpy as np
 from bitwright.ir.errors import BitwrightError, InvalidInput
 from bitwright.ir.types import parse_dtype
 from bitwright.runtime.artifact import read
-from bitwright.runtime.cuda import CudaProgram
+from bitwright.runtime.cuda import CudaProgram, Recorded
 from bitwright.runtime.cuda_driver import CudaDriver, Driver, runs_on
 from bitwright.runtime.manifest import TensorSpec
 
@@ -39,8 +40,11 @@ Array = np.ndarray[Any, Any]
 BOUNDS = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 """Largest difference over the largest value of a result, by its format."""
 ROUNDS = 15
-EACH = 10
-"""Replays of one side in a round; the smallest counts."""
+EACH = 32
+"""Calls of one side in a round, all in one graph."""
+_TOUCHED, _COPIES = 256 << 20, 16
+"""Bytes of weights that calls go through before they come back to the same ones: several times the last cache; so many
+copies of a layer at most."""
 
 
 @dataclass(frozen=True)
@@ -126,23 +130,28 @@ def difference(got: Array, want: Array) -> str:
 
 def timed(prepared: Prepared, case: dict[str, Any], driver: Driver, with_torch: bool) -> Row:
     """Seconds of a case and of its peer, in rounds that alternate."""
-    program = prepared.program(case, driver)
+    first = prepared.program(case, driver)
+    copies = min(_COPIES, max(1, _TOUCHED // max(first.manifest.weights_bytes, 1)))
+    programs = [first, *(CudaProgram(first.contents, driver) for _ in range(copies - 1))]
     rng = np.random.default_rng(0)
-    recorded = program.record(*(_random(t, rng) for t in program.inputs))
-    name, other = "", None
+    runs = [p.record(*(_random(t, rng) for t in p.inputs)) for p in programs]
+    chain = runs * max(1, EACH // copies)
+    ours_all = Recorded.chained(chain)
+    name, theirs_all = "", None
     if with_torch and case["peer"]:
         import gpu_peers
 
         try:
             name, call = gpu_peers.peer(case["peer"], case["sizes"])
-            _, other = gpu_peers.recorded(call)
+            calls = [call, *(gpu_peers.peer(case["peer"], case["sizes"])[1] for _ in range(copies - 1))]
+            theirs_all = gpu_peers.recorded(calls * max(1, EACH // copies))
         except Exception as error:  # torch's own refusals are of every type
             name = f"none: {str(error).splitlines()[0][:60] if str(error) else type(error).__name__}"
     ours, theirs = [], []
     for _ in range(ROUNDS):
-        ours.append(min(recorded.seconds() for _ in range(EACH)))
-        if other is not None:
-            theirs.append(min(other() for _ in range(EACH)))
+        ours.append(ours_all.seconds() / len(chain))
+        if theirs_all is not None:
+            theirs.append(theirs_all() / len(chain))
     kernels = ", ".join(dict.fromkeys(case["kernels"]))
     found = statistics.median(theirs) if theirs else None
     return Row(case["name"], kernels, statistics.median(ours), name, found, case["operations"], case["nbytes"])

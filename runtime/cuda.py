@@ -85,7 +85,7 @@ class CudaProgram(Program):
         device.driver.wait(s)
         graph = device.driver.record(lambda side: device.run(actions, side))
         arrays = tuple(x.array for x in inputs), tuple(x.array for x in outputs)
-        return Recorded(device.driver, graph, *arrays, (device, actions))
+        return Recorded(device.driver, graph, *arrays, actions, device)
 
     def profile(self, *args: Any, repeats: int = 10, threads: int | None = None, **kwargs: Any) -> list[StepTime]:
         """Seconds of every launch on these inputs, by the device's clock."""
@@ -173,14 +173,29 @@ class Recorded:
     """A recorded run. ``inputs`` and ``outputs`` are the device arrays it reads and writes."""
 
     def __init__(
-        self, driver: Driver, graph: Any, inputs: tuple[DeviceArray, ...], outputs: tuple[DeviceArray, ...], keeps: Any
-    ) -> None:
-        self._driver, self._graph, self._keeps = driver, graph, keeps  # what it keeps is memory that the graph names
+        self, driver: Driver, graph: Any, inputs: tuple[DeviceArray, ...], outputs: tuple[DeviceArray, ...],
+        actions: Sequence[Callable[[int], None]], keeps: Any,
+    ) -> None:  # fmt: skip
+        self._driver, self._graph, self._actions = driver, graph, actions
+        self._keeps = keeps  # memory that the graph names
         self.inputs, self.outputs = inputs, outputs
 
     def replay(self, stream: Any = 0) -> None:
         """Run again in stream order."""
         self._driver.replay(self._graph, _stream(stream))
+
+    @classmethod
+    def chained(cls, runs: Sequence[Recorded]) -> Recorded:
+        """Several recorded runs of one device as one graph, one after the other; inputs and outputs of them all."""
+        driver = runs[0]._driver
+
+        def all_of_them(side: int) -> None:
+            for action in (a for run in runs for a in run._actions):
+                action(side)
+
+        inputs, outputs = tuple(a for r in runs for a in r.inputs), tuple(a for r in runs for a in r.outputs)
+        actions = [a for r in runs for a in r._actions]
+        return cls(driver, driver.record(all_of_them), inputs, outputs, actions, list(runs))
 
     def seconds(self, stream: Any = 0) -> float:
         """What one replay takes by the device's clock."""

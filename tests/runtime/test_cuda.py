@@ -19,7 +19,7 @@ from bitwright.ir.errors import BitwrightError, InvalidInput
 from bitwright.ir.text import parse
 from bitwright.ir.weights import Array, Weights
 from bitwright.runtime.artifact import Contents, read
-from bitwright.runtime.cuda import CudaProgram
+from bitwright.runtime.cuda import CudaProgram, Recorded
 from bitwright.runtime.cuda_driver import CudaDriver, runs_on
 from bitwright.runtime.cuda_memory import DeviceArray
 from bitwright.runtime.program import Program
@@ -209,3 +209,14 @@ def test_running_needs_neither_torch_nor_tvm(path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_recorded_runs_become_one_graph(program: CudaProgram) -> None:
+    inputs = [torch.zeros(4, 3), torch.zeros(7, 3)]
+    runs = [program.record(x) for x in inputs]
+    both = Recorded.chained([*runs, runs[0]])
+    for x in inputs:
+        x.copy_(torch.from_numpy(rows(len(x))))
+    both.replay()
+    for i, x in enumerate(inputs):
+        close([from_dlpack(o) for o in both.outputs[2 * i : 2 * i + 2]], rows(len(x)))

@@ -11,6 +11,7 @@ from bitwright.codegen.tvm.template import Template
 def templates() -> dict[str, Template]:
     """Every GPU template by name."""
     from bitwright.codegen.tvm.cuda.attention.template import CudaAttention
+    from bitwright.codegen.tvm.cuda.depthwise import CudaDepthwise
     from bitwright.codegen.tvm.cuda.dynamic import CudaDynamic
     from bitwright.codegen.tvm.cuda.elementwise import CudaElementwise
     from bitwright.codegen.tvm.cuda.generic import CudaGeneric
@@ -23,6 +24,7 @@ def templates() -> dict[str, Template]:
 
     known: tuple[Template, ...] = (
         CudaLowbit(),
+        CudaDepthwise(),
         Wgmma(),
         Mma(),
         Simt(),

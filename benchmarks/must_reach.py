@@ -2,7 +2,7 @@
 
     python benchmarks/must_reach.py [--only gemm,f32,models] [--quick] [--dry]
 
-Groups: gemm (with blocks), f32, avx2, gemv, models, decoder, batch, threads, compile, tuner.
+Groups: gemm (with blocks), f32, avx2, gemv, models, decode, prefill, batch, threads, compile, tuner.
 
 Ours are compiled with a recipe through the public interface; peers run in processes of their own (engines.py says which
 variables name their interpreters). One core, interleaved rounds, median of min(wall, CPU); two threads: wall clock.
@@ -28,7 +28,8 @@ GROUPS: dict[str, Callable[[Run], Found]] = {
     "avx2": reach_layers.avx2_rows,
     "gemv": reach_layers.gemv_rows,
     "models": reach_models.model_rows,
-    "decoder": reach_models.decoder_rows,
+    "decode": reach_models.decode_rows,
+    "prefill": reach_models.prefill_rows,
     "batch": reach_models.batch_rows,
     "threads": reach_models.thread_rows,
     "compile": reach_models.compile_rows,

@@ -72,45 +72,50 @@ def medians(group: Group) -> dict[str, Any]:
     return {n: group.times.median(n) for n in group.times.rounds} | {"missing": dict(group.missing)}
 
 
-def decoder_rows(run: Run) -> Found:
-    """Two layers like Llama's: a token against 127 others, a prompt of 128."""
+DECODER = {
+    "decode": [
+        Claim("Llama-like decode, 4-bit", "ours 4-bit", ("ort int4", "openvino int4"), 1.2, 1.5),
+        Claim("Llama-like decode, 2-bit", "ours 2-bit", ("llama.cpp tq2_0",), 1.5, 2.2),
+        Claim("Llama-like decode, 4-bit 2:4", "ours 4-bit 2:4", ("ort int4", "openvino int4"), 1.2, 2.0),
+    ],
+    "prefill": [
+        Claim("Llama-like prefill, int8", "ours int8", ("openvino int8", "ort int8"), 1.1, 1.2),
+        Claim("Llama-like prefill, 8-bit weights", "ours 8-bit", ("openvino int8", "ort int8"), 1.1, 1.2),
+    ],
+}
+
+
+def decode_rows(run: Run) -> Found:
+    """Two layers like Llama's: a token against 127 others."""
+    return _decoder_rows("decode", run)
+
+
+def prefill_rows(run: Run) -> Found:
+    """The same on a prompt of 128 tokens."""
+    return _decoder_rows("prefill", run)
+
+
+def _decoder_rows(part: str, run: Run) -> Found:
     import decoder
 
-    rows: list[Row] = []
-    kept: dict[str, Any] = {}
-    low = ("ort int4", "openvino int4")
-    claims = {
-        "decode": [
-            Claim("Llama-like decode, 4-bit", "ours 4-bit", low, 1.2, 1.5),
-            Claim("Llama-like decode, 2-bit", "ours 2-bit", ("llama.cpp tq2_0",), 1.5, 2.2),
-            Claim("Llama-like decode, 4-bit 2:4", "ours 4-bit 2:4", low, 1.2, 2.0),
-        ],
-        "prefill": [
-            Claim("Llama-like prefill, int8", "ours int8", ("openvino int8", "ort int8"), 1.1, 1.2),
-            Claim("Llama-like prefill, 8-bit weights", "ours 8-bit", ("openvino int8", "ort int8"), 1.1, 1.2),
-        ],
-    }
-    for part, these in claims.items():
-        print(f"decoder, {part}", flush=True)
-        it, missing = decoder.subject(part, 128), dict[str, str]()
-        it.calibration = [tuple(it.arrays)]
-        recipes = decoder.DECODE if part == "decode" else decoder.PREFILL | {"ours int8": "int8"}
-        ours = [compiled(name, it, recipe, missing) for name, recipe in recipes.items()]
-        files = peers.Files(it)
-        if part == "decode":
-            more = {"more": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}}
-            others = ready([
-                ("ort int4", "onnxruntime", files.int4_onnxruntime, {}),
-                ("openvino int4", "openvino", files.int4_openvino, more),
-            ], it, [run.core])  # fmt: skip
-        else:
-            others = int8_peers(it, files, [run.core], deepsparse=False)
-        times = measured(ours, others, missing, dataclasses.replace(run, seconds=0.05))
-        quoted = [Quoted("llama.cpp tq2_0", 1.434, ("ort int4",), 1.748)]
-        group = Group(times, missing=missing, quoted=quoted)
-        rows += [group.settle(c) for c in these]
-        kept[part] = medians(group)
-    return rows, kept
+    it, missing = decoder.subject(part, 128), dict[str, str]()
+    it.calibration = [tuple(it.arrays)]
+    recipes = decoder.DECODE if part == "decode" else decoder.PREFILL | {"ours int8": "int8"}
+    named = {c.ours for c in DECODER[part]}
+    ours = [compiled(name, it, recipe, missing) for name, recipe in recipes.items() if name in named]
+    files = peers.Files(it)
+    if part == "decode":
+        more = {"more": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}}
+        others = ready([
+            ("ort int4", "onnxruntime", files.int4_onnxruntime, {}),
+            ("openvino int4", "openvino", files.int4_openvino, more),
+        ], it, [run.core])  # fmt: skip
+    else:
+        others = int8_peers(it, files, [run.core], deepsparse=False)
+    times = measured(ours, others, missing, dataclasses.replace(run, seconds=0.05))
+    quoted = [Quoted("llama.cpp tq2_0", 1.434, ("ort int4",), 1.748)]
+    group = Group(times, missing=missing, quoted=quoted)
+    return [group.settle(c) for c in DECODER[part]], medians(group)
 
 
 def batch_rows(run: Run) -> Found:

@@ -24,8 +24,7 @@ def instructions() -> Iterator[Instruction]:
     ``bw_bulk_multicast(.., mask)``: the same to the same places of the cluster's blocks in the mask, and their barriers;
     ``bw_mbarrier_arrive_at(barrier, rank)``: at the same place of a block of the cluster; ``bw_cluster_sync()``;
     ``bw_fence_proxy()``: what this thread wrote by ``cp.async`` (and waited for) or ``bw_stage16`` is seen by wgmma;
-    ``bw_stage16(shared, from)``: 16 bytes to shared memory for wgmma; ``bw_staged(shared, bytes)``: ordinary stores
-    wrote there for wgmma (tells the emulator, costs nothing); ``bw_setmaxnreg_{inc,dec}_N()``.
+    ``bw_stage16(shared, from)``: 16 bytes to shared memory for wgmma; ``bw_setmaxnreg_{inc,dec}_N()``.
     """
     yield _plain(
         "bw_mbarrier_init", "void* b, int count", '"mbarrier.init.shared::cta.b64 [%0], %1;"',
@@ -84,12 +83,6 @@ def instructions() -> Iterator[Instruction]:
 }}""",
         arch=90,
         sass=r"STS\.128",
-    )
-    yield Instruction(
-        "bw_staged",
-        f"{_DEVICE} bw_staged(void* to, int bytes) {{}}",
-        f"{_HOST} bw_staged(void* to, int bytes) {{ bw::staged(to, bytes); }}",
-        arch=90,
     )
     for way in ("inc", "dec"):
         for count in range(24, 257, 8):

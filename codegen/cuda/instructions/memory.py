@@ -52,7 +52,7 @@ def instructions() -> Iterator[Instruction]:
   if (((uintptr_t)to | (uintptr_t)from) % {size}) bw::fail("cp.async of an unaligned address");
   bw::shared_address(to);
   (void)*(volatile const char*)from, (void)*((volatile const char*)from + {size} - 1);
-  bw::self->pending.push_back([=] {{ memcpy(to, from, {size}); }});
+  bw::self->pending.push_back([=] {{ memcpy(to, from, {size}); bw::staged(to, {size}); }});
 }}""",
             sass=r"LDGSTS\.",
         )

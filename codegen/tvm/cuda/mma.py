@@ -124,11 +124,7 @@ class Mma(Template):
             out.append(np.stack([metadata(places, p.size) for _, places in parts]))
         else:
             out.append(np.stack([fragments(_bytes(each)) for each in wide]))
-        if config.zero:
-            init = (-config.zero * w.astype(np.int64).sum(2)).astype(np.int32).reshape(-1)
-            fill = np.full(16, p.fill, np.uint8).view(np.int32)
-            out.append(np.concatenate([init, np.zeros(-init.size % 4, np.int32), fill]))
-        return out
+        return out + starts(config, w)
 
     def verify(self, body: Graph, config: Config, constants: Mapping[str, Array], packed: list[Array]) -> str:
         assert isinstance(config, MmaConfig)
@@ -219,6 +215,15 @@ def made(p: Product, tile: Tile, target: Target, args: Sequence[Arg], weight: in
         scratch_bytes=4 * tiles * batch if split else 0,
         work_bytes=4 * tiles * batch * parts * tile.outs * tile.rows if split else 0,
     )  # fmt: skip
+
+
+def starts(config: MmaConfig, w: Array) -> list[Array]:
+    """Where x has a zero point: -zero times the sums of w [batch, outs, k], and 16 bytes of it."""
+    if not config.zero:
+        return []
+    init = (-config.zero * w.astype(np.int64).sum(2)).astype(np.int32).reshape(-1)
+    fill = np.full(16, config.product.fill, np.uint8).view(np.int32)
+    return [np.concatenate([init, np.zeros(-init.size % 4, np.int32), fill])]
 
 
 def contraction(body: Graph) -> Node:

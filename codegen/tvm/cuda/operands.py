@@ -86,8 +86,8 @@ class Loader:
     """Copies tiles of ``rows`` x ``depth`` bytes of ``x`` (elements of ``source``) to ``shared`` (bytes).
 
     ``depth``: a power of two of at least 32; ``threads``: a power of two, the first of the block (0: all). ``fill``:
-    the byte that stands outside of an image. ``staged``: ordinary stores are marked for ``bw_fence_proxy``. Chunks of
-    16 bytes of a row are permuted (:func:`swizzled`), so that ``ldmatrix`` has no conflicts between banks.
+    the byte that stands outside of an image. Chunks of 16 bytes of a row are permuted (:func:`swizzled`), so that
+    ``ldmatrix`` has no conflicts between banks.
     """
 
     b: CudaBuilder
@@ -98,7 +98,6 @@ class Loader:
     fill: int = 0
     x: Pointer = field(kw_only=True)
     threads: int = 0
-    staged: bool = False
     filled: Pointer | None = None
     _size: int = 0
     _piece: int = 0
@@ -168,7 +167,6 @@ class Loader:
                 words = b.view(self.shared, U32)
                 for w in range(p // 4):
                     b.store(words, div(at, 4) + w, const(self.fill * 0x01010101, U32))
-                self._mark(at, p)
             return
         valid = choose(ok, p, 0)
         b.call(f"bw_cp_async{p}", b.address(self.shared, at), b.address(self.x, place), valid)
@@ -182,11 +180,6 @@ class Loader:
         with b.when(conjunction([*known, *inside])):
             value.set(b.load(b.view(self.x, kind), place))
         b.store(to, div(at, self._size), value.get())
-        self._mark(at, self._size)
-
-    def _mark(self, at: Index, nbytes: int) -> None:
-        if self.staged:
-            self.b.call("bw_staged", self.b.address(self.shared, at), nbytes)
 
     def _place(self, row: Index, e: Index, i: int | None) -> tuple[Index, list[Any], list[Any]]:
         """Element of memory, conditions that it is one, conditions that it is inside of the image."""

@@ -15,7 +15,7 @@ import numpy as np
 from bitwright.codegen.tuning.space import Point, Space
 from bitwright.codegen.tvm.cuda import wgmma_layout, wgmma_spec
 from bitwright.codegen.tvm.cuda.builder import CudaBuilder
-from bitwright.codegen.tvm.cuda.mma import PAYS, Mma, MmaConfig, contraction, others, with_pattern
+from bitwright.codegen.tvm.cuda.mma import PAYS, Mma, MmaConfig, contraction, others, starts, with_pattern
 from bitwright.codegen.tvm.cuda.mma_emit import Pointers, Put
 from bitwright.codegen.tvm.cuda.mma_spec import Product
 from bitwright.codegen.tvm.cuda.products import product_of, rows_of, zero_of
@@ -27,6 +27,8 @@ from bitwright.ir.target import Target
 from bitwright.ir.weights import Array
 
 _FEATURE = "sm_90a"
+_PIECE = 4
+"""Bytes that an asynchronous copy has at least."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,13 @@ class Wgmma(Mma):
         return Space(wgmma_spec.point_of(config.cut, p), wgmma_spec.knobs(), rules)
 
     def pack(self, body: Graph, config: Config, constants: Mapping[str, Array]) -> list[Array]:
-        """Tiles of w in the order of stages (2:4: values, then metadata), and -zero times the sums of w."""
+        """Tiles of w in the order of stages (2:4: values, then metadata), and :func:`starts`."""
         assert isinstance(config, WgmmaConfig)
         if config.weight < 0:
             return []
         p = config.product
         w = rows_of(contraction(body), constants[body.inputs[config.weight].name], p)
-        out: list[Array] = [np.stack([wgmma_layout.pack(each, config.cut.outs, p.sparse) for each in w])]
-        if config.zero:
-            out.append((-config.zero * w.astype(np.int64).sum(2)).astype(np.int32))
-        return out
+        return [np.stack([wgmma_layout.pack(each, config.cut.outs, p.sparse) for each in w]), *starts(config, w)]
 
     def verify(self, body: Graph, config: Config, constants: Mapping[str, Array], packed: list[Array]) -> str:
         assert isinstance(config, WgmmaConfig)
@@ -131,6 +130,8 @@ def _unsuited(p: Product) -> str:
     """Why ``mma`` does this product better; the empty string if it does not."""
     if p.left == "columns":
         return "a computed operand that lies [k, outputs]: wgmma's tiles have k innermost"
+    if min(x.piece(p.size) for x in (p.source, p.right) if x is not None) < _PIECE:
+        return "rows are copied element by element, which mma does with all warps"
     if p.left == "packed" and p.batch * (p.outs + 256) * (p.bytes_of_k + wgmma_layout.STEP) >= 1 << 31:
         return "packed weights of 2 GiB or more, too large for 32-bit indices"
     if p.outs < wgmma_layout.ROWS // 2:

@@ -105,7 +105,7 @@ class Kernel:
         self._registers("dec")
         right = self._loader(p.source, c.left_bytes(p), c.rows, p.fill, self.at.x)
         left = None if p.right is None else self._loader(p.right, 0, c.outs, 0, self.at.w)
-        behind = c.ahead if right.asynchronous and (left is None or left.asynchronous) else 0
+        behind = c.ahead
         done = b.register(S32, 1, const(0, S32))
 
         def fill(at: Place) -> None:
@@ -140,7 +140,7 @@ class Kernel:
 
     def _loader(self, source: Matrix | Window, at: int, rows: int, fill: int, x: Pointer) -> Loader:
         shared = at_shared(self._shared, at)
-        return Loader(self.b, source, shared, rows, STEP, fill, x=x, threads=GROUP, staged=True)
+        return Loader(self.b, source, shared, rows, STEP, fill, x=x, threads=GROUP, filled=self.at.filled)
 
     def _fetch(self, at: Place, k: Index, slot: Index, to: Index) -> None:
         """One thread asks for w's tile of this k-step."""

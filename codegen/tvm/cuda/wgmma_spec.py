@@ -16,6 +16,7 @@ from functools import cache
 from bitwright.codegen.cuda.instructions.wgmma import widths
 from bitwright.codegen.tuning.space import Knob, Point, Rule, Setting
 from bitwright.codegen.tvm.cuda.mma_spec import Product
+from bitwright.codegen.tvm.cuda.operands import Window
 from bitwright.codegen.tvm.cuda.wgmma_layout import ROWS, STEP, blob_bytes
 
 PROCESSORS = 132
@@ -141,7 +142,9 @@ class Cut:
 def memory(p: Product) -> float:
     """Cycles in which memory gives all operands once and takes the results."""
     bytes_of_w = p.outs * p.bytes_of_k * ((1 + 1 / (4 * p.size)) / 2 if p.sparse else 1)
-    return p.batch * (bytes_of_w + p.rows * p.bytes_of_k + p.rows * p.outs * p.size) / _MEMORY
+    x = p.source
+    elements = x.images * math.prod(x.space) * x.channels / x.groups if isinstance(x, Window) else x.rows * x.length
+    return p.batch * (bytes_of_w + (elements + p.rows * p.outs) * p.size) / _MEMORY
 
 
 def filled(cut: Cut, p: Product, shared: int) -> Cut:

@@ -49,13 +49,12 @@ copies of a layer at most."""
 
 @dataclass(frozen=True)
 class Row:
-    """One timed program: its kernels, seconds of a replay, its peer's, and what a call computes and moves."""
+    """One timed program: its kernels, seconds of a call, its peers' (or why there are none), operations and bytes."""
 
     case: str
     kernels: str
     seconds: float
-    peer: str
-    peer_seconds: float | None
+    against: dict[str, float | str]
     operations: float
     nbytes: float
 
@@ -137,24 +136,29 @@ def timed(prepared: Prepared, case: dict[str, Any], driver: Driver, with_torch: 
     runs = [p.record(*(_random(t, rng) for t in p.inputs)) for p in programs]
     chain = runs * max(1, EACH // copies)
     ours_all = Recorded.chained(chain)
-    name, theirs_all = "", None
-    if with_torch and case["peer"]:
-        import gpu_peers
-
-        try:
-            name, call = gpu_peers.peer(case["peer"], case["sizes"])
-            calls = [call, *(gpu_peers.peer(case["peer"], case["sizes"])[1] for _ in range(copies - 1))]
-            theirs_all = gpu_peers.recorded(calls * max(1, EACH // copies))
-        except Exception as error:  # torch's own refusals are of every type
-            name = f"none: {str(error).splitlines()[0][:60] if str(error) else type(error).__name__}"
-    ours, theirs = [], []
+    others = _others(case, copies) if with_torch and case["peer"] else {}
+    ours, theirs = [], {name: [] for name, call in others.items() if callable(call)}
     for _ in range(ROUNDS):
         ours.append(ours_all.seconds() / len(chain))
-        if theirs_all is not None:
-            theirs.append(theirs_all() / len(chain))
+        for name, times in theirs.items():
+            times.append(others[name]() / len(chain))
     kernels = ", ".join(dict.fromkeys(case["kernels"]))
-    found = statistics.median(theirs) if theirs else None
-    return Row(case["name"], kernels, statistics.median(ours), name, found, case["operations"], case["nbytes"])
+    found = {n: statistics.median(theirs[n]) if n in theirs else str(call) for n, call in others.items()}
+    return Row(case["name"], kernels, statistics.median(ours), found, case["operations"], case["nbytes"])
+
+
+def _others(case: dict[str, Any], copies: int) -> dict[str, Any]:
+    """What a case is timed against: by name a call that gives seconds of all calls, or why there is none."""
+    import gpu_peers
+
+    found: dict[str, Any] = {}
+    for kind in gpu_peers.peers(case["peer"]):
+        try:
+            made = [gpu_peers.peer(kind, case["sizes"]) for _ in range(copies)]
+            found[made[0][0]] = gpu_peers.recorded([call for _, call in made] * max(1, EACH // copies))
+        except Exception as error:  # torch's own refusals are of every type
+            found[kind] = f"none: {str(error).splitlines()[0][:60] if str(error) else type(error).__name__}"
+    return found
 
 
 def _random(t: TensorSpec, rng: np.random.Generator) -> Array:
@@ -174,7 +178,7 @@ def table(rows: list[Row], peaks: dict[str, float]) -> str:
             kind = "s8" if r.case.startswith("s8") else "f16"
             gain = 2.0 if "2:4" in r.case and not r.case[0].isdigit() else 1.0
             of = f"{max(ops / (peaks[kind] * gain), nbytes / peaks['bytes']):.0%}"
-        beside = f"{r.peer}: {r.peer_seconds / r.seconds:.2f}x" if r.peer_seconds else r.peer
+        beside = ", ".join(f"{n} {t if isinstance(t, str) else f'{t / r.seconds:.2f}x'}" for n, t in r.against.items())
         lines.append(
             f"{r.case:<44}{r.kernels:<16}{r.seconds * 1e6:>9.1f}{ops / 1e12:>8.1f}{nbytes / 1e9:>8.0f}{of:>9}  {beside}"
         )

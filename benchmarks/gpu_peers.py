@@ -8,18 +8,29 @@ from typing import Any
 Call = Callable[[], Any]
 
 
+def peers(name: str) -> tuple[str, ...]:
+    """What there is beside ours for a kind of case, by the names :func:`peer` takes."""
+    return (name, f"triton {name}") if name in ("f16", "bf16") else (name,)
+
+
 def peer(name: str, sizes: list[int]) -> tuple[str, Call]:
     """The peer's name and a call of it on random values. Raises whatever torch raises where it has none."""
     import torch
 
     kinds = {"f16": torch.float16, "bf16": torch.bfloat16}
     head, _, tail = name.partition(" ")
+    if head == "triton":
+        import gpu_triton
+
+        m, n, k = sizes
+        x, w = (torch.randn(s, device="cuda").to(kinds[tail]) for s in ((m, k), (n, k)))
+        return "Triton", gpu_triton.linear(x, w)
     if head in kinds and not tail:
         return _dense(sizes, kinds[head])
     if head == "s8" and not tail:
         m, n, k = sizes
         x, w = (torch.randint(-127, 128, s, dtype=torch.int8, device="cuda") for s in ((m, k), (n, k)))
-        return "torch._int_mm (cuBLAS)", lambda: torch._int_mm(x, w.t())
+        return "cuBLAS _int_mm", lambda: torch._int_mm(x, w.t())
     if tail == "2:4":
         return _sparse(sizes, kinds.get(head, torch.int8))
     if name == "int4":
@@ -34,7 +45,7 @@ def _dense(sizes: list[int], kind: Any) -> tuple[str, Call]:
 
     m, n, k = sizes
     x, w = (torch.randn(s, device="cuda").to(kind) for s in ((m, k), (n, k)))
-    return "torch linear (cuBLAS)", lambda: torch.nn.functional.linear(x, w)
+    return "cuBLAS", lambda: torch.nn.functional.linear(x, w)
 
 
 def _sparse(sizes: list[int], kind: Any) -> tuple[str, Call]:

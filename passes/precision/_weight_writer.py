@@ -36,8 +36,7 @@ def write_codes(graph: Graph, layers: list[Node], found: dict[str, Codes]) -> Gr
 
 def _dequantized(rw: Rewriter, old: str, codes: Codes) -> str:
     source, dtype = rw.graph.producers[old], codes.levels.dtype
-    assert isinstance(source.op, ops.Weight)
-    key, origin = stem(source.op.ref), source.origin
+    key, origin = stem(source.op.ref) if isinstance(source.op, ops.Weight) else old, source.origin
     kept = source.type.encoding if codes.levels.symmetric else None
     values = to_numpy(codes.codes).astype(dtype.numpy)
     w = rw.weight(key, values, source.type.with_dtype(dtype).with_encoding(kept), name=key, origin=origin)
@@ -86,7 +85,7 @@ def why_not_low(graph: Graph, n: Node, width: Width, symmetric: bool) -> tuple[s
     if isinstance(n.op, ops.ConvTranspose | ops.MatMul):
         kind = "transposed convolution" if isinstance(n.op, ops.ConvTranspose) else "matmul"
         return (f"{kind}: its weight has no scale per output",)
-    if source is None or not isinstance(source.op, ops.Weight):
+    if source is None or not isinstance(source.op, ops.Weight | ops.Constant):
         low = source is not None and isinstance(source.op, ops.Dequantize)
         return ("quantized already",) if low else ("weight is computed, not constant",)
     if source.type.dtype != F32:

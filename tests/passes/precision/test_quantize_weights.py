@@ -327,3 +327,17 @@ def test_adaquant_begins_where_gptq_ended(read: Read) -> None:
         QuantizeWeights(bits="4", rounding=rounding, iterations=1).run(graph, context)
         errors[rounding] = context.remarks[-1][2]["error"]
     assert errors["adaquant"] <= errors["gptq"] * 1.001 < 0.8 * context.remarks[-1][2]["error_nearest"]
+
+
+def test_weights_so_small_that_they_are_literals(read: Read) -> None:
+    """Passes write constants of up to 64 elements as literals, as folding a batch norm into a small layer does."""
+    graph = read("""
+        graph @g (%x: f32[3, 2]) -> (y = %y) level=graph {
+          %w = constant {values=[0.5, -1.0, 0.25, 2.0]} : f32[2, 2]
+          %y = linear(%x, %w) : f32[3, 2]
+        }
+    """)
+    after, context, error = ran(graph, "quantize-weights{bits=4}")
+    assert not context.refusals
+    assert {str(n.type.dtype) for n in after.nodes if n.type.rank == 2 and after.is_constant(n.output)} == {"s4"}
+    assert 0 < error < 0.2

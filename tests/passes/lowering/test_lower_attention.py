@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bitwright as bw
-from bitwright.codegen.targets import BUILTIN
+from bitwright.codegen.targets import BUILTIN, GPUS
 from bitwright.codegen.targets.machine import cpu_flags
 from bitwright.ir import ops
 from bitwright.ir.interpret import evaluate, to_numpy
@@ -60,6 +60,15 @@ def test_refusals(text: str, target: str, reason: str) -> None:
     context, graph = Context(target=BUILTIN[target]), parse(text)
     assert LowerAttention().run(graph, context) == graph
     assert [r.reason for r in context.refusals] == [f"stays f32: {reason}"]
+
+
+def test_a_gpu_takes_any_size_in_either_format() -> None:
+    for kind in ("bf16", "f16"):
+        context, graph = Context(target=GPUS["cuda-sm90"]), parse(half(depth=31, rows=1))
+        lowered = LowerAttention(format=kind).run(graph, context)  # type: ignore[arg-type]
+        assert not context.refusals
+        (node,) = (n for n in lowered.nodes if isinstance(n.op, ops.Attention))
+        assert {str(lowered.types[x].dtype) for x in node.inputs[:3]} == {kind}
 
 
 def test_other_formats_are_left_alone() -> None:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import bitwright as bw
-from bitwright.codegen.targets import BUILTIN
+from bitwright.codegen.targets import BUILTIN, GPUS
 from bitwright.codegen.targets.machine import cpu_flags
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph
 from bitwright.ir.interpret import evaluate, to_numpy
 from bitwright.ir.text import parse
-from bitwright.ir.types import BF16, NM
+from bitwright.ir.types import BF16, F16, NM
 from bitwright.ir.weights import Weights
 from bitwright.passes import Context
 from bitwright.passes.lowering.lower_contractions import LowerContractions
@@ -96,6 +96,20 @@ def test_refusals(sizes: dict[str, object], target: str, reason: str) -> None:
     context = Context(target=BUILTIN[target])
     assert LowerContractions().run(graph, context) == graph.drop_dead()
     assert [r.reason for r in context.refusals] == [f"stays f32: {reason}"]
+
+
+@pytest.mark.parametrize("graph", [two(), conv()], ids=["linear", "conv"])
+def test_f16_where_the_target_multiplies_it(graph: Graph) -> None:
+    lowered = LowerContractions(format="f16").run(graph, Context(target=GPUS["cuda-sm80"]))
+    halves = [n for n in lowered.nodes if isinstance(n.op, ops.Linear | ops.Conv)]
+    assert halves
+    assert all(lowered.types[x].dtype == F16 for n in halves for x in n.inputs)
+    x = RNG.standard_normal(graph.inputs[0].type.static_shape).astype(np.float32)
+    got, want = (to_numpy(evaluate(g, [x])[0]) for g in (lowered, graph))
+    np.testing.assert_allclose(got, want, rtol=2**-8, atol=0.005 * np.abs(want).max())
+    context = Context(target=BUILTIN["x86-avx512-bf16"])
+    assert LowerContractions(format="f16").run(graph, context) == graph.drop_dead()
+    assert {r.reason for r in context.refusals} == {"stays f32: x86-avx512-bf16 has no products of f16"}
 
 
 @pytest.mark.skipif("avx512bf16" not in cpu_flags(), reason="this CPU has no products of bf16")

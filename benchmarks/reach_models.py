@@ -12,6 +12,7 @@ from typing import Any
 import engines
 import footprint
 import models
+import numpy as np
 import peers
 import tables
 from claims import Claim, Group, Quoted, Row
@@ -99,7 +100,7 @@ def _decoder_rows(part: str, run: Run) -> Found:
     import decoder
 
     it, missing = decoder.subject(part, 128), dict[str, str]()
-    it.calibration = [tuple(it.arrays)]
+    it.calibration = [tuple(np.maximum(a, -1e4) for a in it.arrays)]  # a causal mask holds infinities
     recipes = decoder.DECODE if part == "decode" else decoder.PREFILL | {"ours int8": "int8"}
     named = {c.ours for c in DECODER[part]}
     ours = [compiled(name, it, recipe, missing) for name, recipe in recipes.items() if name in named]

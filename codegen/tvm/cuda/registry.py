@@ -11,6 +11,7 @@ from bitwright.codegen.tvm.template import Template
 def templates() -> dict[str, Template]:
     """Every GPU template by name."""
     from bitwright.codegen.tvm.cuda.attention.template import CudaAttention
+    from bitwright.codegen.tvm.cuda.copy import CudaCopy
     from bitwright.codegen.tvm.cuda.depthwise import CudaDepthwise
     from bitwright.codegen.tvm.cuda.dynamic import CudaDynamic
     from bitwright.codegen.tvm.cuda.elementwise import CudaElementwise
@@ -32,6 +33,7 @@ def templates() -> dict[str, Template]:
         CudaDynamic(),
         CudaRows(),
         CudaTranspose(),
+        CudaCopy(),
         CudaElementwise(),
         CudaGeneric(),
     )

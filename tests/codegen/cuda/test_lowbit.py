@@ -278,6 +278,32 @@ def test_refusals() -> None:
     assert "begin together" in refusal(CudaLowbit(), Case("rare", body_of(rare), data_of(rare, body_of(rare))), WEIGHTS)
 
 
+def random_layer(rng: np.random.Generator) -> Layer:
+    """Any layer that the kernels take."""
+    weights = str(rng.choice(["s2", "ternary", "bipolar", "s3", "u3", "s4", "u4", "s8"]))
+    pattern = [(), (2, 4), (1, 4), (2, 8), (1, 8), (1, 16), (4, 8)][int(rng.integers(7))]
+    if weights in ("bipolar", "u3", "u4"):
+        pattern = ()
+    group = int(rng.choice([0, 16, 32, 48, 64, 96, 128, 256]))
+    return Layer(
+        int(rng.choice([1, 2, 7, 8, 9, 16, 17, 33, 70])), int(rng.integers(1, 80)), int(rng.integers(1, 700)), group,
+        weights, str(rng.choice(["bf16", "f32"])), weights[0] == "u" and bool(rng.integers(2)), bool(rng.integers(2)),
+        pattern,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(12))
+def test_random_layers(seed: int) -> None:
+    """Some ten thousand tiles of 16 outputs, 8 rows and 64 inputs in all."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for n in range(16):
+        body = body_of(it := random_layer(rng))
+        made.append(Case(str(it), body, data_of(it, body, n, ones=True), rtol=0, atol=0))
+    assert GpuBatch(CudaLowbit(), made, WEIGHTS).run(orders=(seed + 1,)) == []
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_machine_code(arch: str) -> None:
     big = [

@@ -19,8 +19,6 @@ from bitwright.ir.errors import BitwrightError, InvalidInput
 
 Bytes = NDArray[np.uint8]
 _NEEDED = 'running on an NVIDIA GPU needs cuda-bindings: pip install "bitwright[cuda]"'
-_DEFAULT_SHARED = 48 << 10
-"""Bytes of shared memory a block may have without being asked for."""
 
 
 class Driver(Protocol):
@@ -104,6 +102,8 @@ class CudaDriver:
             int(self._asked(cu.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device))),
             int(self._asked(cu.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device))),
         )
+        optin = attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        self._shared = int(self._asked(cu.cuDeviceGetAttribute(optin, device)))
         self.name = bytes(self._asked(cu.cuDeviceGetName(256, device))).split(b"\0")[0].decode()
         if not runs_on(arch, self.capability):
             raise InvalidInput(
@@ -162,16 +162,21 @@ class CudaDriver:
         for name, (cubin, _) in code.items():
             module = self._asked(self._cu.cuModuleLoadData(cubin))
             self._modules.append(module)
-            self._functions[name] = self._asked(self._cu.cuModuleGetFunction(module, name.encode()))
+            self._functions[name] = self._with_shared(self._asked(self._cu.cuModuleGetFunction(module, name.encode())))
+
+    def _with_shared(self, function: Any) -> Any:
+        """The function, allowed to have all shared memory of a block (48 KiB are without being asked)."""
+        cu, kinds = self._cu, self._cu.CUfunction_attribute
+        own = self._asked(cu.cuFuncGetAttribute(kinds.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function))
+        most = self._shared - int(own)
+        self._asked(cu.cuFuncSetAttribute(function, kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most))
+        return function
 
     def launch(
         self, kernel: str, grid: tuple[int, int, int], threads: int, shared: int, pointers: Sequence[int], stream: int
     ) -> None:
         self._enter()
         function, cu = self._functions[kernel], self._cu
-        if shared > _DEFAULT_SHARED:
-            most = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self._asked(cu.cuFuncSetAttribute(function, most, shared))
         values = (ctypes.c_uint64 * max(len(pointers), 1))(*pointers)
         first = ctypes.addressof(values)
         table = (ctypes.c_uint64 * max(len(pointers), 1))(*(first + 8 * i for i in range(len(pointers))))

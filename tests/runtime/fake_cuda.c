@@ -32,7 +32,7 @@ int fake_cuDeviceGetCount(int* n) { *n = 1; return 0; }
 int fake_cuDeviceGet(int* d, int i) { *d = i; return i ? 101 : 0; }
 int fake_cuDeviceGetAttribute(int* v, int what, int d) {
   int c = atoi(getenv("FAKE_CAPABILITY"));
-  *v = what == 75 ? c / 10 : what == 76 ? c % 10 : -1;
+  *v = what == 75 ? c / 10 : what == 76 ? c % 10 : what == 97 ? 232448 : -1;
   return d;
 }
 int fake_cuDeviceGetName(char* name, int n, int d) { snprintf(name, n, "Fake"); return d; }
@@ -80,7 +80,8 @@ int fake_cuModuleGetFunction(void** f, void* m, const char* name) {
   *f = made;
   return m && made->run && made->count ? 0 : 500;
 }
-int fake_cuFuncSetAttribute(Function* f, int what, int value) { f->shared = value; return what == 8 ? 0 : 1; }
+int fake_cuFuncGetAttribute(int* v, int what, Function* f) { *v = 64; return what == 1 && f ? 0 : 1; }
+int fake_cuFuncSetAttribute(Function* f, int what, int value) { f->shared = value; return what == 8 && value <= 232448 - 64 ? 0 : 1; }
 int fake_cuLaunchKernel(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                         unsigned shared, void* stream, void** params, void** extra) {
   if (by != 1 || bz != 1 || extra || (int)shared > f->shared || f->count > 64) return 1;

@@ -65,7 +65,7 @@ def test_refusals(text: str, target: str, reason: str) -> None:
 def test_a_gpu_takes_any_size_in_either_format() -> None:
     for kind in ("bf16", "f16"):
         context, graph = Context(target=GPUS["cuda-sm90"]), parse(half(depth=31, rows=1))
-        lowered = LowerAttention(format=kind).run(graph, context)  # type: ignore[arg-type]
+        lowered = LowerAttention(format=kind).run(graph, context)
         assert not context.refusals
         (node,) = (n for n in lowered.nodes if isinstance(n.op, ops.Attention))
         assert {str(lowered.types[x].dtype) for x in node.inputs[:3]} == {kind}

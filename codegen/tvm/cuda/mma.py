@@ -92,6 +92,8 @@ class Mma(Template):
             tile, why = mma_spec.tile_of(point), "as tuned"
             if fault := tile.fault(p, shared):
                 return Refused(f"no kernel of this tile: {fault}")
+        if max(tile.packed_bytes(p), tile.work_words(p)) >= 1 << 31:
+            return Refused("more bytes of weights, or of sums of parts, than 32-bit indices reach")
         position = {v.name: i for i, v in enumerate(body.inputs)}
         zero = zero_of(root)
         count = 0 if p.left != "packed" else 1 + p.sparse + (zero != 0)
@@ -213,7 +215,7 @@ def made(p: Product, tile: Tile, target: Target, args: Sequence[Arg], weight: in
         tasks=tiles * parts * batch, args=tuple(args), mcpu=target.mcpu, threads=tile.threads,
         grid=tile.grid(p), product=p, tile=tile, weight=weight, reason=reason,
         scratch_bytes=4 * tiles * batch if split else 0,
-        work_bytes=4 * tiles * batch * parts * tile.outs * tile.rows if split else 0,
+        work_bytes=4 * tile.work_words(p),
     )  # fmt: skip
 
 

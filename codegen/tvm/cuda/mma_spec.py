@@ -110,6 +110,16 @@ class Tile:
         """Tiles, parts of a sum, batches."""
         return math.ceil(p.outs / self.outs) * math.ceil(p.rows / self.rows), self.split, p.batch
 
+    def packed_bytes(self, p: Product) -> int:
+        """Of packed weights without metadata, in whole tiles."""
+        if p.left != "packed":
+            return 0
+        return p.batch * math.ceil(p.outs / self.outs) * self.turns(p) * self.left_bytes(p)
+
+    def work_words(self, p: Product) -> int:
+        """Sums of parts that meet in memory."""
+        return math.prod(self.grid(p)) * self.outs * self.rows if self.split > 1 else 0
+
     def fault(self, p: Product, shared: int) -> str:
         """Why no kernel is cut so; the empty string if one is. ``shared``: bytes a block may have."""
         f = self.fragments

@@ -242,6 +242,9 @@ def test_refusals() -> None:
     assert "transposed" in refused(T, matmul(rng, "s8", (4, 8), (8, 4), False))
     assert "broadcast" in refused(T, matmul(rng, "f16", (2, 4, 8), (3, 1, 8, 4), False))
     assert "groups of 1 by 1" in refused(T, conv(rng, "u8", (1, 4, 4, 8), (8, 1, 3, 3), groups=8))
+    large = product_of(linear_body(8, 1 << 17, 1 << 13), {"w": np.zeros(0)})
+    assert not isinstance(large, Refused)
+    assert default(large[1], 108, 163 << 10)[0].packed_bytes(large[1]) == 1 << 31
     wide = product_of(with_sums(linear(rng, "u8", 8, 8, 8)).case.body, {})
     assert isinstance(wide, Refused)
     assert "sums of s64" in wide.reason

@@ -129,7 +129,6 @@ def test_what_makes_no_sense_is_refused(read: Read) -> None:
         ("observe-ranges{also=8}", "also lists widths"),
         ("observe-ranges{also=four}", "also lists widths"),
         ("observe-ranges, quantize-int8{bits=1}", "2 to 8 bits"),
-        ("observe-ranges, assign-precision{choices=s8|s4a4 sensitivity=curvature}", "nothing of activations"),
         ("observe-ranges, assign-precision{choices=s4a9}", "is no choice"),
     ):
         with pytest.raises(InvalidInput, match=why):

@@ -236,7 +236,9 @@ def _tile_of(point: Point) -> SimtTile:
 
 def _default(p: Product, processors: int) -> SimtTile:
     """The largest tile that occupies the device; parts of sums where none does."""
-    shapes = ((2, 4, 8), (2, 2, 8), (2, 2, 2), (1, 2, 2)) if p.rows > 8 else ((4, 1, 2), (2, 1, 2))
+    shapes = (
+        ((2, 4, 8), (1, 4, 8), (2, 2, 8), (1, 2, 8), (2, 2, 2), (1, 2, 2)) if p.rows > 8 else ((4, 1, 2), (2, 1, 2))
+    )
     for outs, rows, each in shapes:
         t = SimtTile(OUTS * outs, 4 * each * rows, (outs, rows))
         blocks = math.prod(t.grid(p))

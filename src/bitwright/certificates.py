@@ -79,8 +79,9 @@ def _stored(kernel: Kernel, node: Node, built: Built) -> Stored:
         (offset, nbytes // np.dtype(t).itemsize, t)
         for (offset, nbytes), t in zip(packed, kernel.packed_types, strict=True)
     )
-    if packed and hasattr(config, "spec"):
-        tiled = ("spec", "tile" if hasattr(config, "tile") else "knobs")
+    how = next((k for k in ("tile", "knobs") if hasattr(config, k)), "")
+    if packed and hasattr(config, "spec") and how:
+        tiled = ("spec", how)
         decisions = {k: _plain(getattr(config, k)) for k in tiled}
         return Stored(layout=kernel.template, places=places, config=decisions)
     index = [v.name for v in body.inputs].index(node.inputs[1])

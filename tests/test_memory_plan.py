@@ -26,7 +26,7 @@ def planned(name: str, recipe: str, size: Size = "tiny") -> tuple[Plan, Graph]:
     module, inputs = ZOO[name](size)
     graph = lower(capture(module, inputs), recipe, AVX512_VNNI, [[x.numpy() for x in inputs]]).graph
     graph, choices = build.select(graph, AVX512_VNNI)
-    steps, buffers, _ = build._program(graph, choices)
+    steps, buffers, _ = build.program_of(graph, choices)
     return plan(steps, buffers, graph.outputs), graph
 
 

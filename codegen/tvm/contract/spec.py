@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from bitwright.ir.errors import InvalidInput
+from bitwright.ir.target import Isa as Isa
 from bitwright.ir.types import BF16, F32, NM, S8, S32, U8, U16, DType
 
 Element = Literal["u8s8", "f32", "bf16"]
-Isa = Literal["avx512-vnni", "avx-vnni", "avx2", "portable", "neon-i8mm", "neon-dot", "vector"]
 Right = Literal["constant", "kn", "nk"]
 ISAS: tuple[Isa, ...] = ("avx512-vnni", "avx-vnni", "avx2", "portable")
 """The levels of x86-64."""
 NEON: tuple[Isa, ...] = ("neon-i8mm", "neon-dot")
 LANES: dict[Isa, int] = {isa: 16 if isa == "avx512-vnni" else 4 if isa in NEON else 8 for isa in get_args(Isa)}
-"""Accumulators (32 bits) per vector."""
+"""Accumulators (32 bits) per vector of a processor."""
 
 
 def _positive(what: object, **sizes: int) -> None:

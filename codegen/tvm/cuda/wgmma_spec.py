@@ -151,7 +151,12 @@ def filled(cut: Cut, p: Product, shared: int) -> Cut:
     """As many stages as fit and are of use."""
     room = shared - (cut.barriers_at(p) - cut.sums_at(p)) - 128
     stages = min(room // cut.stage_bytes(p), 6, math.ceil(cut.steps(p) / cut.split) + 2)
-    return replace(cut, stages=stages, ahead=max(min(3, stages - 2), 0))
+    return replace(cut, stages=stages, ahead=_ahead(stages))
+
+
+def _ahead(stages: int) -> int:
+    """Stages whose copies may be under way: enough to hide memory, one left for consumers that are late."""
+    return max(min(3, stages - 2), 0)
 
 
 def cuts(p: Product, shared: int) -> Iterator[Cut]:
@@ -189,8 +194,7 @@ def knobs() -> tuple[Knob, ...]:
     """What the tuner may choose."""
     return (
         Knob("outs", (64, 128, 256)), Knob("rows", (8, 16, 32, 64, 96, 128, 192, 256)), Knob("consumers", (1, 2)),
-        Knob("stages", (2, 3, 4, 5, 6)), Knob("ahead", (0, 1, 2, 3, 4)), Knob("split", (1, 2, 3, 4, 6, 8, 12, 16)),
-        Knob("raster", (1, 2, 4, 8, 16)), Knob("blocks", (120, 128, PROCESSORS)),
+        Knob("stages", (3, 4, 5, 6)), Knob("split", (1, 2, 3, 4, 6, 8, 12, 16)), Knob("raster", (2, 4, 8)),
         Knob("cluster", (1, 2, 4)), Knob("kernel", ("dense", "2:4")),
     )  # fmt: skip
 
@@ -198,15 +202,15 @@ def knobs() -> tuple[Knob, ...]:
 def point_of(cut: Cut, p: Product) -> dict[str, Setting]:
     """The point of the space that is a cut."""
     return {
-        "outs": cut.outs, "rows": cut.rows, "consumers": cut.consumers, "stages": cut.stages, "ahead": cut.ahead,
-        "split": cut.split, "raster": cut.raster, "blocks": cut.blocks, "cluster": cut.cluster,
-        "kernel": "2:4" if p.sparse else "dense",
+        "outs": cut.outs, "rows": cut.rows, "consumers": cut.consumers, "stages": cut.stages, "split": cut.split,
+        "raster": cut.raster, "cluster": cut.cluster, "kernel": "2:4" if p.sparse else "dense",
     }  # fmt: skip
 
 
 def cut_of(point: Point) -> Cut:
     """The cut of a point."""
-    return Cut(**{k: int(v) for k, v in point.items() if k != "kernel"})
+    n = {k: int(v) for k, v in point.items() if k != "kernel"}
+    return Cut(**n, ahead=_ahead(n["stages"]), blocks=_CLUSTERS[n["cluster"]])
 
 
 def rules(p: Product, shared: int) -> tuple[Rule, ...]:

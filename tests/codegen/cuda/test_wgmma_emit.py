@@ -328,7 +328,7 @@ def test_points_of_the_space_are_cuts() -> None:
     config = TEMPLATE.at(case.body, constants(case), SM90, space.default)
     assert isinstance(config, WgmmaConfig)
     assert config.cut == wgmma_spec.cut_of(space.default)
-    point = {**space.default, "rows": 64, "outs": 64, "consumers": 1, "stages": 3, "ahead": 1}
+    point = {**space.default, "rows": 64, "outs": 64, "consumers": 1, "stages": 3}
     assert not space.why_not(point)
     assert "fits no block" in space.why_not({**point, "rows": 256, "outs": 256, "consumers": 2})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import ml_dtypes
@@ -132,12 +132,14 @@ def _sparse_point(p: Product, target: str) -> Point:
 
 
 def check(
-    template: Mma, products: Sequence[Product], target: str = "cuda-sm80", orders: Sequence[int] = (1,)
-) -> list[str]:
-    """What differs from the reference, a line per case and order of threads."""
+    template: Mma, products: Sequence[Product], target: str = "cuda-sm80", orders: Sequence[int] = (1,),
+    spoil: Callable[[str], str] = str,
+) -> list[str]:  # fmt: skip
+    """What differs from the reference, a line per case and order of threads; ``spoil`` changes the kernels' text."""
     configs = [configured(template, p, target) for p in products]
     functions = [template.emit(p.case.body, c, f"k{i}") for i, (p, c) in enumerate(zip(products, configs, strict=True))]
-    library = Emulated("\n".join(cuda_source(f) for f in functions), [f"k{i}" for i in range(len(products))])
+    text = spoil("\n".join(cuda_source(f) for f in functions))
+    library = Emulated(text, [f"k{i}" for i in range(len(products))])
     failures = []
     for i, (p, c, f) in enumerate(zip(products, configs, functions, strict=True)):
         packed = template.pack(p.case.body, c, p.constants)

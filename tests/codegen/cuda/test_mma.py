@@ -177,6 +177,20 @@ def test_values_that_are_not_numbers_stay_in_their_rows() -> None:
     assert check(T, [p]) == []
 
 
+@pytest.mark.parametrize("call", ["bw_cp_async_wait1();", "__syncthreads();"])
+def test_a_missing_wait_or_barrier_in_a_kernel_is_seen(call: str) -> None:
+    p = linear(np.random.default_rng(13), "s8", 70, 64, 640, point=point(64, 64, (1, 4)))
+
+    def spoil(text: str) -> str:
+        """The kernel without the call in its main loop."""
+        start = text.index("for (int turn")
+        assert call in text[start:]
+        return text[:start] + text[start:].replace(call, "", 1)
+
+    assert check(T, [p], orders=range(1, 7), spoil=spoil) != []
+    assert check(T, [p], orders=range(1, 7)) == []
+
+
 def test_negative_zero_and_not_a_number_survive_packing() -> None:
     p = linear(np.random.default_rng(8), "f16", 4, 80, 64, sparse=True)
     w = p.case.inputs["w"]

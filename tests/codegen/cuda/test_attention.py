@@ -98,6 +98,35 @@ def test_refusals() -> None:
     ]  # fmt: skip
 
 
+def random_case(c: Cases, rng: np.random.Generator) -> None:
+    """Any attention that the kernels take."""
+    kind = (np.float32, np.float16, BF16)[int(rng.integers(3))]
+    rows, keys = int(rng.choice([1, 2, 8, 9, 17, 64, 65, 130])), int(rng.integers(1, 200))
+    keys = keys * 5 if rows == 1 else keys
+    depth, width = (int(n) for n in rng.choice([1, 8, 16, 20, 33, 64, 80, 128], 2))
+    groups, heads = int(rng.choice([1, 2, 3, 8])), int(rng.integers(1, 3))
+    inputs = {
+        "q": normal(1, heads * groups, rows, depth, dtype=kind), "k": normal(1, heads, keys, depth, dtype=kind),
+        "v": normal(1, heads, keys, width, dtype=kind),
+    }  # fmt: skip
+    operands: tuple[str, ...] = QKV
+    if rng.integers(2):
+        shape = (int(rng.choice([1, heads * groups])), int(rng.choice([1, rows])), keys)
+        inputs["m"] = rng.integers(0, 3, shape) > 0 if rng.integers(2) else normal(*shape)
+        operands = (*QKV, "m")
+    op = ops.Attention(depth**-0.5, bool(rng.integers(2)), groups)
+    c.add_case(f"{np.dtype(kind)} {[inputs[n].shape for n in operands]} {op}", inputs, (op, operands))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(4))
+def test_random_attentions(seed: int) -> None:
+    rng, cases = np.random.default_rng(seed), Cases()
+    for _ in range(16):
+        random_case(cases, rng)
+    assert GpuBatch(CudaAttention(), cases).run(orders=(seed + 1,)) == []
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_machine_code(arch: str) -> None:
     cases = Cases()

@@ -175,6 +175,8 @@ class Simt(Mma):
             return Refused(f"no kernel of this tile: {fault}")
         position = {v.name: i for i, v in enumerate(body.inputs)}
         packed = p.left == "packed"
+        if max(p.batch * tile.turns(p) * DEPTH // 4 * _wide(p, tile), tile.work_words(p)) >= 1 << 31:
+            return Refused("more weights, or sums of parts, than 32-bit indices reach")
         args = [Arg("input", position[root.inputs[0]])]
         args += [Arg("packed", 0)] if packed else [Arg("input", position[root.inputs[1]])]
         args += [Arg("input", position[x]) for x in others(body, root, p)]

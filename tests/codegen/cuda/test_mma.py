@@ -30,7 +30,7 @@ from tests.codegen.cuda.product_cases import (
     refused,
     shaped,
 )
-from tests.codegen.kernel_batch import body_of
+from tests.codegen.kernel_batch import Case, body_of
 
 T = Mma()
 KINDS = ("f16", "bf16", "s8", "u8")
@@ -168,6 +168,22 @@ def test_products_of_two_computed_operands(many: bool) -> None:
             matmul(rng, "f16", (3, 20, 40), (3, 40, 24), False),
         ]  # fmt: skip
     assert check(T, products, orders=(1, 2)) == []
+
+
+def test_zero_points_of_batches_vectors_and_operands_that_are_read_again() -> None:
+    rng = np.random.default_rng(14)
+    x, w = draw(rng, (20, 64), "f16"), draw(rng, (64, 64), "f16")
+    again = ((ops.Linear(), ("x", "w")), (ops.Binary("add"), ("v0", "x")), (ops.Unary("relu"), ("v1",)))
+    batch = {"x": draw(rng, (3, 20, 48), "u8"), "w": draw(rng, (3, 48, 26), "s8")}
+    vector = {"x": draw(rng, (70,), "f16"), "w": draw(rng, (33, 70), "f16")}
+    deep = {"x": draw(rng, (2, 3, 5, 70), "u8"), "w": draw(rng, (33, 70), "s8")}
+    bodies = [
+        (body_of(*again, inputs={"x": x, "w": w}, outputs=("v1", "v2")), {"x": x, "w": w}),
+        (body_of((ops.IntMatMul(False, 7), ("x", "w")), inputs=batch), batch),
+        (body_of((ops.Linear(), ("x", "w")), inputs=vector), vector),
+        (body_of((ops.IntLinear(x_zero=255), ("x", "w")), inputs=deep), deep),
+    ]
+    assert check(T, [Product(Case(str(body.outputs), body, inputs)) for body, inputs in bodies]) == []
 
 
 def test_values_that_are_not_numbers_stay_in_their_rows() -> None:

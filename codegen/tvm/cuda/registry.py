@@ -16,6 +16,7 @@ def templates() -> dict[str, Template]:
     from bitwright.codegen.tvm.cuda.dynamic import CudaDynamic
     from bitwright.codegen.tvm.cuda.elementwise import CudaElementwise
     from bitwright.codegen.tvm.cuda.generic import CudaGeneric
+    from bitwright.codegen.tvm.cuda.group_norm import CudaGroupNorm
     from bitwright.codegen.tvm.cuda.lowbit.template import CudaLowbit
     from bitwright.codegen.tvm.cuda.mma import Mma
     from bitwright.codegen.tvm.cuda.pool import CudaPool
@@ -33,6 +34,7 @@ def templates() -> dict[str, Template]:
         CudaAttention(),
         CudaDynamic(),
         CudaRows(),
+        CudaGroupNorm(),
         CudaPool(),
         CudaTranspose(),
         CudaCopy(),

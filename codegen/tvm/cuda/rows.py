@@ -16,7 +16,7 @@ from bitwright.codegen.tvm.cuda.builder import CudaBuilder
 from bitwright.codegen.tvm.cuda.config import CudaConfig
 from bitwright.codegen.tvm.generic_eval import better, memory
 from bitwright.codegen.tvm.pointwise import needs_exact
-from bitwright.codegen.tvm.rows import levels, plan_of
+from bitwright.codegen.tvm.rows import Plan, levels, plan_of
 from bitwright.codegen.tvm.rows_passes import RowKernel, Span, Step
 from bitwright.codegen.tvm.rows_values import COLUMN, Cells, Unfit, stored
 from bitwright.codegen.tvm.template import Config, Refused, Template, plain_args
@@ -59,18 +59,7 @@ class CudaRows(Template):
             levels(body, plan)
         except Unfit as why:
             return Refused(str(why))
-        columns, rows = plan.inner.columns, plan.inner.rows
-        lanes = _lanes(body, columns)
-        vectors = columns // lanes
-        per_row = shared_by(vectors, RESIDENT // lanes)
-        threads = max(BLOCK, per_row)
-        turns = -(-vectors // per_row)
-        return CudaRowsConfig(
-            args=plain_args(body), mcpu=target.mcpu, threads=threads, grid=(-(-rows * per_row // threads), 1, 1),
-            lanes=lanes, per_row=per_row, turns=turns,
-            reason=f"rows of {columns}, {per_row} threads each, {lanes} columns a load"
-            + ("" if turns * lanes <= RESIDENT else ", read again in every pass"),
-        )  # fmt: skip
+        return cut_rows(body, plan, target)
 
     def emit(self, body: Graph, config: Config, symbol: str) -> Any:
         """One launch over all rows."""
@@ -90,6 +79,22 @@ class CudaRows(Template):
         kernel.exists = None if rows * config.per_row % config.threads == 0 else first < rows
         kernel.run(b.index(minimum(first, rows - 1)))
         return b.finish()
+
+
+def cut_rows(body: Graph, plan: Plan, target: Target) -> CudaRowsConfig:
+    """How rows are shared between threads."""
+    columns, rows = plan.inner.columns, plan.inner.rows
+    lanes = _lanes(body, columns)
+    vectors = columns // lanes
+    per_row = shared_by(vectors, RESIDENT // lanes)
+    threads = max(BLOCK, per_row)
+    turns = -(-vectors // per_row)
+    return CudaRowsConfig(
+        args=plain_args(body), mcpu=target.mcpu, threads=threads, grid=(-(-rows * per_row // threads), 1, 1),
+        lanes=lanes, per_row=per_row, turns=turns,
+        reason=f"rows of {columns}, {per_row} threads each, {lanes} columns a load"
+        + ("" if turns * lanes <= RESIDENT else ", read again in every pass"),
+    )  # fmt: skip
 
 
 def shared_by(vectors: int, turns: int) -> int:

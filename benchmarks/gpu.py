@@ -231,6 +231,7 @@ def main() -> int:
     parser.add_argument("prepared", nargs="?", type=Path, help="the zip to run")
     parser.add_argument("--prepare", type=Path, metavar="ZIP", help="compile everything into this file")
     parser.add_argument("--only", default="", help="prepare the cases whose name contains this")
+    parser.add_argument("--checks", action="store_true", help="prepare only what is checked, not what is timed")
     parser.add_argument("--targets", default="cuda-sm90,cuda-sm80", help="prepare for these")
     parser.add_argument("--results", type=Path, help="JSON to write")
     given = parser.parse_args()
@@ -238,7 +239,7 @@ def main() -> int:
         if given.prepare:
             import gpu_prepare
 
-            gpu_prepare.prepare(given.prepare, given.targets.split(","), given.only)
+            gpu_prepare.prepare(given.prepare, given.targets.split(","), given.only, given.checks)
         if given.prepared:
             return report(given.prepared, given.results)
     except BitwrightError as error:

@@ -26,9 +26,10 @@ from bitwright.pipeline import lower
 Array = np.ndarray[Any, Any]
 
 
-def prepare(path: Path, targets: Sequence[str], only: str = "") -> None:
-    """Compile all cases (those whose name contains ``only``) for all targets; prints a line for each."""
-    cases = [c for c in (*gpu_cases.checked(), *gpu_cases.timed()) if only in c.name]
+def prepare(path: Path, targets: Sequence[str], only: str = "", checks: bool = False) -> None:
+    """Compile all cases (those whose name contains ``only``; ``checks``: not those to be timed) for all targets; prints
+    a line for each."""
+    cases = [c for c in (*gpu_cases.checked(), *(() if checks else gpu_cases.timed())) if only in c.name]
     listed: dict[str, list[dict[str, Any]]] = {}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for target in targets:

@@ -1,8 +1,8 @@
 """NVIDIA GPUs: the whole device counts as one core; kernels are compiled here and launched where a driver is.
 
 Peaks: NVIDIA's data sheets of A100 80 GB SXM (2020) and H200 SXM (2024). ``mcpu`` is the architecture of the machine
-code; ``vector_registers`` of a thread; ``l1_bytes`` is the shared memory one block may have. Gains of 2:4: the ideal 2
-on sm_80; on sm_90 what counting shared memory and L2 leaves of it (docs/gpu.md), until a device was measured.
+code; ``vector_registers`` of a thread; ``l1_bytes`` is the shared memory one block may have. Gains of 2:4: what
+counting shared memory and L2 leaves of the ideal 2 for large products (docs/gpu.md), until a device was measured.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ SM80 = Target(
         Rate(F16, F16, F32, 312e12), Rate(BF16, BF16, F32, 312e12),
         Rate(F32, F32, F32, 19.5e12),
     ),
-    sparse=tuple(SparseRate(x, 2, 4, 2.0) for x in (U8, S8, F16, BF16)),
+    sparse=tuple(SparseRate(x, 2, 4, 1.8) for x in (U8, S8, F16, BF16)),
     activation=S8,
-    source="data sheet of A100 80 GB SXM; no device was measured",
+    source="data sheet of A100 80 GB SXM, 2:4 by counting (docs/gpu.md); no device was measured",
     costs=_COSTS,
 )  # fmt: skip
 

@@ -12,7 +12,6 @@ _DEVICE = "static __device__ __forceinline__ void"
 def instructions() -> Iterator[Instruction]:
     """``bw_pull{4,8,16}(registers, from, there)``: so many bytes, aligned to their number, where ``there`` is true.
 
-    ``bw_stream{4,8,16}`` is the same for what is read once: it does not stay in the first-level cache.
     ``bw_gather{4,8,16}(registers, from, valid)``: the first ``valid`` bytes (any number) of any address, byte by byte.
     """
     for size in (4, 8, 16):
@@ -32,20 +31,6 @@ def instructions() -> Iterator[Instruction]:
             f"{_DEVICE} {name} {{ {zeros} if (there) {{ {kind} v = *(const {kind}*)from; {plain} }} }}",
             f"static inline void {name} {meaning}",
             sass=r"LDG\.E" + {4: r"\b", 8: r"\.64", 16: r"\.128"}[size],
-        )
-        outs = ", ".join(f'"=r"(r[{i}])' for i in range(words))
-        shape = "" if words == 1 else f".v{words}"
-        places = ", ".join(f"%{i}" for i in range(words))
-        braces = f"{{{places}}}" if words > 1 else places
-        name = f"bw_stream{size}(unsigned* r, const void* from, bool there)"
-        yield Instruction(
-            f"bw_stream{size}",
-            f"""{_DEVICE} {name} {{
-  {zeros}
-  if (there) asm("ld.global.nc.L1::no_allocate{shape}.u32 {braces}, [%{words}];" : {outs} : "l"(from));
-}}""",
-            f"static inline void {name} {meaning}",
-            sass=r"LDG\.E\.(NA\.)?" + {4: "", 8: "64", 16: "128"}[size],
         )
         name = f"bw_gather{size}(unsigned* r, const void* from, int valid)"
         body = f"""{{

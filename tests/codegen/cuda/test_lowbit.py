@@ -318,5 +318,5 @@ def test_machine_code(arch: str) -> None:
     for i, part in parts.items():
         assert re.search(r"IMMA\.SP\.16864\.S8" if i == 1 else r"IMMA\.16832\.S8", part), i
         assert "LOP3" in part
-        assert len(re.findall(r"LDG\.E\.(?:NA\.)?128", part)) >= 2
+        assert len(re.findall(r"LDGSTS\.E\.(?:BYPASS\.128|64)", part)) >= 2
         assert not re.findall(r"\b(LDL|STL)\b", part)

@@ -1,14 +1,15 @@
 """The kernel: packed weights into registers, exact sums of a group on tensor cores, one scale each, then the epilogue.
 
 Every warp has a tile of 16 outputs and up to 64 rows; several warps may share a tile, each with a part of its inputs,
-and add up in shared memory in a fixed order. Weights go from memory to registers, 16 bytes a lane and several loads
-under way; activations come from the caches.
+and add up in shared memory in a fixed order. Weights come by asynchronous copies of up to 16 bytes a lane, some turns
+ahead, because loads into registers would be moved to their use by the assembler; activations come from the caches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 from tvm import tirx  # type: ignore[import-untyped]
@@ -16,7 +17,7 @@ from tvm import tirx  # type: ignore[import-untyped]
 from bitwright.codegen.tvm.cuda.builder import CudaBuilder
 from bitwright.codegen.tvm.cuda.lowbit.spec import CHUNK, TILE, LowbitSpec
 from bitwright.codegen.tvm.cuda.store import RowEpilogue
-from bitwright.codegen.tvm.generic_eval import conjunction, unflatten
+from bitwright.codegen.tvm.generic_eval import conjunction, div, mod, unflatten
 from bitwright.codegen.tvm.tir import Index, Pointer, Vec, choose, const, maximum, minimum
 from bitwright.ir.graph import Graph, Node
 from bitwright.ir.types import F32, S32, U32
@@ -50,11 +51,12 @@ class Kernel:
     def run(self, epilogue: RowEpilogue, body: Graph, root: Node) -> None:
         b, s = self.b, self.s
         self.quarter, self.eighth = b.index(b.lane % 4), b.index(b.lane // 4)
-        self.part = b.index(b.warp % s.warps_k)
+        self.warp, self.part = b.index(b.warp), b.index(b.warp % s.warps_k)
         self.tile = b.index(minimum(b.block("x") * s.warps_o + b.warp // s.warps_k, s.tiles - 1))
         self.first_row = b.index(b.block("y") * (8 * s.columns))
         words = 4 * s.columns
         self.raw = b.local(U32, s.together * sum(s.streams), "raw")
+        self.ring = b.shared(U32, s.warps_k * s.warps_o * s.stages * s.stage_words, name="ring")
         self.codes = b.local(U32, 4 if s.sparse else 8, "codes")
         self.x = b.local(U32, words, "x")
         self.masked = b.local(U32, 4, "masked")
@@ -78,9 +80,8 @@ class Kernel:
         b, s = self.b, self.s
         inner = s.spans // s.groups
         with b.loop(s.groups, name="group") as g:
-            with b.loop(-(-s.turns // s.warps_k), name="turn") as turn:
-                first = b.index((turn * s.warps_k + self.part) * s.together)
-                self._spans(b.index(g * inner + first), self._there(first, inner))
+            for first, there in self._loads(inner, b.index(g * inner)):
+                self._words(there)
                 for n in range(s.together):
                     for _ in self._chunks(n, b.index((g * inner + first + n) * s.span)):
                         pass
@@ -90,10 +91,9 @@ class Kernel:
         """Whole units of spans and groups, the warps of a tile in turns."""
         b, s = self.b, self.s
         length = s.together * s.span
-        with b.loop(-(-s.turns // s.warps_k), name="turn") as turn:
-            at = b.index(turn * s.warps_k + self.part)
-            first = b.index(at * s.together)
-            self._spans(first, self._there(first, s.spans))
+        for first, there in self._loads(s.spans, 0):
+            at = b.index(div(first, s.together))
+            self._words(there)
             for n in range(s.together):
                 for end in self._chunks(n, b.index((first + n) * s.span)):
                     group, rest = divmod(n * s.span + end, s.group)
@@ -103,22 +103,51 @@ class Kernel:
 
     def _there(self, first: Index, count: int) -> list[Any]:
         """Which of the spans from ``first`` on exist."""
-        whole = count % (self.s.together * self.s.warps_k) == 0
+        whole = count % (self.s.together * self.s.warps_k) == 0 and self.s.stages == 1
         return [True if whole else first + n < count for n in range(self.s.together)]
 
-    def _spans(self, first: Index, there: Sequence[Any]) -> None:
-        """Ask for the words of the spans ``first`` and following, all before any is used."""
+    def _loads(self, count: int, base: Index) -> Iterator[tuple[Index, list[Any]]]:
+        """The loop over ``count`` spans from ``base`` on: this warp's first span of each turn, and which there are.
+
+        Loads of the turns ahead are under way; a lane reads back what it asked for itself, so nothing waits for others.
+        """
         b, s = self.b, self.s
-        base = b.index((self.tile * s.spans + first) * s.span_words)
+
+        def first(turn: Index) -> Index:
+            return b.index((turn * s.warps_k + self.part) * s.together)
+
+        for ahead in range(s.stages - 1):
+            self._ask(base, at := first(ahead), self._there(at, count), ahead)
+        with b.loop(ceil(ceil(count / s.together) / s.warps_k), name="turn") as turn:
+            later = b.index(turn + (s.stages - 1))
+            self._ask(base, at := first(later), self._there(at, count), b.index(mod(later, s.stages)))
+            b.call(f"bw_cp_async_wait{s.stages - 1}")
+            self.slot = b.index((self.warp * s.stages + mod(turn, s.stages)) * s.stage_words)
+            at = first(turn)
+            yield at, self._there(at, count)
+
+    def _ask(self, base: Index, first: Index, there: Sequence[Any], stage: Index) -> None:
+        """Begin to copy the words of the spans ``first`` and following into a stage of this warp."""
+        b, s = self.b, self.s
+        slot = b.index((self.warp * s.stages + stage) * s.stage_words)
+        source = b.index((self.tile * s.spans + base + first) * s.span_words)
+        for n, exists in enumerate(there):
+            for at, each in s.loads:
+                place = n * s.span_words + at + b.lane * each
+                valid = tirx.Select(exists, tirx.const(4 * each, "int32"), tirx.const(0, "int32"))
+                to, start = b.address(self.ring, slot + place), b.address(self.on.weights, source + place)
+                b.call(f"bw_cp_async{4 * each}", to, start, 4 * each if exists is True else valid)
+        b.call("bw_cp_async_commit")
+
+    def _words(self, there: Sequence[Any]) -> None:
+        """This lane's words out of the stage that has arrived."""
+        b, s = self.b, self.s
         to = 0
         for n, exists in enumerate(there):
-            at = n * s.span_words
-            for count in s.streams:
-                each = min(count, 4)
-                for _ in range(count // each):
-                    place = base + at + b.lane * each
-                    b.call(f"bw_stream{4 * each}", b.address(self.raw, to), b.address(self.on.weights, place), exists)
-                    at, to = at + 32 * each, to + each
+            for at, each in s.loads:
+                place = self.slot + (n * s.span_words + at) + b.lane * each
+                b.call(f"bw_pull{4 * each}", b.address(self.raw, to), b.address(self.ring, place), True)
+                to += each
             for i in range(to - s.chunks, to) if s.sparse and exists is not True else ():  # two places always differ
                 found = b.load(self.raw, i).expr
                 b.store(self.raw, i, Vec(_places_or_first(exists, found), U32))

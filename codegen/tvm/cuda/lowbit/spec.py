@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from math import ceil
 
 TILE, CHUNK = 16, 64
+SHARED = 72 << 10
+"""Bytes of shared memory for weights on their way: two blocks or three fit a multiprocessor."""
 LONGEST = 1024
 """Inputs after which the code of a group repeats at most; longer groups are loops."""
 
@@ -134,6 +136,28 @@ class LowbitSpec:
         """Times that all warps together load, within a group where groups are loops."""
         inner = self.spans // self.groups if self.long else self.spans
         return ceil(inner / self.together)
+
+    # ---- what is under way
+    @property
+    def loads(self) -> tuple[tuple[int, int], ...]:
+        """Where each load of a span begins, in words, and how many words of it a lane has."""
+        found, at = [], 0
+        for count in self.streams:
+            each = min(count, 4)
+            for _ in range(count // each):
+                found.append((at, each))
+                at += 32 * each
+        return tuple(found)
+
+    @property
+    def stage_words(self) -> int:
+        """Words that a warp asks for in a turn."""
+        return self.together * self.span_words
+
+    @property
+    def stages(self) -> int:
+        """Turns whose words are in shared memory or on their way there."""
+        return max(1, min(4, SHARED // (4 * self.stage_words * self.warps_k * self.warps_o)))
 
     # ---- rows
     @property

@@ -17,7 +17,7 @@ from bitwright.codegen.tvm.cuda.builder import CudaBuilder
 from bitwright.codegen.tvm.cuda.config import CudaConfig
 from bitwright.codegen.tvm.cuda.lowbit import packing
 from bitwright.codegen.tvm.cuda.lowbit.emit import Kernel, Operands
-from bitwright.codegen.tvm.cuda.lowbit.spec import LowbitSpec, refusal
+from bitwright.codegen.tvm.cuda.lowbit.spec import SHARED, LowbitSpec, refusal
 from bitwright.codegen.tvm.cuda.store import RowEpilogue
 from bitwright.codegen.tvm.generic_eval import memory
 from bitwright.codegen.tvm.pointwise import why_unsupported
@@ -230,11 +230,12 @@ def _plain(scale: Array) -> Array:
 
 def _spread(spec: LowbitSpec) -> LowbitSpec:
     """How many warps share a tile's inputs, and how many tiles a block has: few rows are split over the inputs."""
+    room = max(1, SHARED // (4 * spec.stage_words))
     if spec.rows <= FEW:
         most = 16 if spec.tiles < _MULTIPROCESSORS else 8
-        return replace(spec, warps_k=max(1, min(most, spec.turns)))
+        return replace(spec, warps_k=max(1, min(most, spec.turns, room)))
     if spec.rows <= 64:
-        return replace(spec, warps_k=max(1, min(4, spec.turns)), warps_o=2)
+        return replace(spec, warps_k=max(1, min(4, spec.turns, room // 2)), warps_o=2)
     return replace(spec, warps_o=4)
 
 

@@ -48,6 +48,16 @@ def test_prepared_programs_are_checked_timed_and_listed(
     assert f"{2 * 67 * 72 / row.seconds / 2e12:.0%}" in text or f"{row.nbytes / row.seconds / 1e11:.0%}" in text
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("target", ["cuda-sm80", "cuda-sm90"])
+def test_all_that_a_device_checks_is_right_in_the_emulator(gpu: Any, tmp_path: Path, target: str) -> None:
+    path = tmp_path / "report.zip"
+    importlib.import_module("gpu_prepare").prepare(path, [target], checks=True)
+    prepared = gpu.Prepared(path)
+    assert len(prepared.cases[target]) > 50
+    assert gpu.checked(prepared, target, EmulatedDriver) == 0
+
+
 def test_a_wrong_result_is_told(gpu: Any) -> None:
     import numpy as np
 

@@ -26,7 +26,7 @@ from bitwright.ir.types import F32, S32, U32
 WARPS, QUERIES, AHEAD = 4, 8, 4
 FILL = 264
 """Blocks that occupy a device."""
-SHORTEST = 256
+SHORTEST = 128
 """Keys that a block has at least, where keys are split between blocks."""
 HEADER = 4
 """Floats before a partial result: its largest exponent, its sum."""

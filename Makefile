@@ -45,9 +45,13 @@ bench: $(READY)  ## side-by-side measurements against peers; results in benchmar
 	  || echo "peers that pip could not install are left out: each has its line in the results"
 	$(PY) benchmarks/bench.py
 
-gpu-report: $(READY)  ## GPU kernels: compiled here into gpu-report.zip; checked and timed where a device is
+gpu-report: $(READY)  ## GPU kernels, networks, a training step: compiled here; checked and timed where a device is
 	$(PY) benchmarks/gpu.py --prepare gpu-report.zip
+	$(PY) benchmarks/gpu_models.py --prepare gpu-models
+	$(PY) benchmarks/gpu_training.py --prepare gpu-training
 	$(PY) benchmarks/gpu.py gpu-report.zip --results benchmarks/results/gpu.json
+	$(PY) benchmarks/gpu_models.py gpu-models
+	$(PY) benchmarks/gpu_training.py --kernels gpu-training
 
 lint: $(READY)  ## ruff, mypy, import contracts
 	$(PY) -m ruff check .

@@ -78,3 +78,26 @@ def test_without_a_device_nothing_is_claimed(gpu: Any, tmp_path: Path, capsys: p
     (tmp_path / "no.zip").write_bytes(b"no zip")
     with pytest.raises(gpu.InvalidInput, match="was not written by --prepare"):
         gpu.Prepared(tmp_path / "no.zip")
+
+
+def test_whole_networks_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    models = importlib.import_module("gpu_models")
+    monkeypatch.setattr(models, "MODELS", {"digits": ((2,), ("int8", "2:4 f16"))})
+    monkeypatch.setattr(models, "EACH", 1)
+    monkeypatch.setattr(models, "ROUNDS", 1)
+    assert len(models.prepare(tmp_path, "cuda-sm80", size="tiny")) == 2
+    lines = models.measure(tmp_path, Clocked, with_torch=False)
+    assert all(" right (" in line for line in lines)
+    assert len(lines) == 2
+
+
+def test_whole_networks_without_a_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    models = importlib.import_module("gpu_models")
+    monkeypatch.setattr(sys, "argv", ["gpu_models.py", str(tmp_path)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert models.main() == 0
+    assert "nothing was run and nothing is claimed" in capsys.readouterr().out

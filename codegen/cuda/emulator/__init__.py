@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -23,6 +24,8 @@ from bitwright.ir.weights import Array
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-fwrapv")
 PAGE = 4096
+_KEPT = 2000
+"""Compiled texts that stay on disk, about 0.1 MB each; the oldest go."""
 _SHARED = re.compile(r"extern __shared__ __align__\(\d+\) uchar shared_ptr\[\];")
 
 
@@ -145,4 +148,7 @@ def _compiled(text: str, names: tuple[str, ...]) -> Path:
         if done.returncode:
             raise BitwrightError(f"the emulator cannot compile {', '.join(names)}:\n{done.stderr[:4000]}")
         os.replace(out, made)
+    with contextlib.suppress(FileNotFoundError):  # another process removes the same ones
+        for old in sorted(_folder().glob("*.so"), key=lambda p: p.stat().st_mtime)[:-_KEPT]:
+            old.unlink()  # one that is loaded stays in memory
     return made
